@@ -1,0 +1,271 @@
+"""Net: every network seen as a denoiser x̂0 = E[x0 | x_t], its parameters as data and its code as a static pure function.
+
+A raw network F is turned into a denoiser by a preconditioning, one linear map for each thing a network can be trained
+to output:
+
+    x̂0 = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t), cond, s)                     (Karras et al. 2022, eq. 7)
+
+A student is a Net that also reads s, the time it jumps to; `Net.jump` moves there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ddistill.process import Process, expand, safe_divide
+
+PyTree = Any
+
+
+class Apply(Protocol):
+    """The code of a Net: pure, and hashable by value so that equal networks share compilations."""
+
+    def __call__(
+        self, params: PyTree, rest: PyTree, x: Array, t: Array, cond: PyTree, *, s: Array | None, key: Array | None
+    ) -> Array:
+        """Estimate x0 from x at time t [B]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Net:
+    """A denoiser as data: net(x, t, cond, s=s) estimates E[x0 | x_t = x], or a student's g(x, t, s).
+
+    params: what an optimiser may touch. rest: buffers, or the frozen base under an adapter. apply: static code.
+    """
+
+    params: PyTree
+    rest: PyTree
+    apply: Apply = field(metadata={"static": True})
+
+    def __call__(
+        self, x: Array, t: Array, cond: PyTree = None, *, s: Array | None = None, key: Array | None = None
+    ) -> Array:
+        """Estimate x0: x [B, ...], t and s [] or [B], cond a pytree of [B, ...]; the result is [B, ...], x's dtype."""
+        batch = x.shape[:1]
+        t = jnp.broadcast_to(jnp.asarray(t, x.dtype), batch)
+        s = None if s is None else jnp.broadcast_to(jnp.asarray(s, x.dtype), batch)
+        return self.apply(self.params, self.rest, x, t, cond, s=s, key=key)
+
+    def jump(
+        self, process: Process, x: Array, t: Array, s: Array, cond: PyTree = None, *, key: Array | None = None
+    ) -> Array:
+        """G(x, t, s): where the student says the trajectory through (x, t) is at s. CTM's G, MeanFlow's x − (t−s) u."""
+        return process.step(self(x, t, cond, s=s, key=key), x, t, s)
+
+    def replace(self, **changes) -> "Net":
+        """The same network with other params or rest."""
+        return dataclasses.replace(self, **changes)
+
+    def bind(self, cond: PyTree = None) -> Callable[[Array, Array], Array]:
+        """This denoiser as a pytree function of (x, t) alone, the form that integrators take."""
+        return jax.tree_util.Partial(_call_bound, self, cond)
+
+
+def _call_bound(net: Net, cond: PyTree, x: Array, t: Array) -> Array:
+    return net(x, t, cond)
+
+
+def frozen(net: Net) -> Net:
+    """The same network with stopped parameters; gradients still flow through its inputs."""
+    return net.replace(params=jax.lax.stop_gradient(net.params))
+
+
+class Preconditioning(Protocol):
+    """Coefficients c_skip, c_out, c_in, c_noise at time t (shape of t) for a process; hashable by value."""
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Answer (c_skip, c_out, c_in, c_noise)."""
+
+
+def log_noise(process: Process, t: Array) -> Array:
+    """¼ log ρ, EDM's c_noise, bounded to ±2.5 so that it is finite where σ or α is 0."""
+    return -0.25 * jnp.clip(process.half_log_snr(t), -10.0, 10.0)
+
+
+@dataclass(frozen=True)
+class EDMPrecondition:
+    """Unit variance in and out for data of standard deviation σ_d, on any process (Karras et al. 2022, table 1).
+
+    EDM's coefficients at ρ = σ/α on x/α, multiplied out so that they stay finite where α = 0.
+    """
+
+    sigma_data: float = 0.5
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t; c_skip = 1 and c_out = 0 at σ = 0, so the network is the identity on clean data."""
+        alpha, sigma, sd = process.alpha(t), process.sigma(t), self.sigma_data
+        norm2 = sigma**2 + (alpha * sd) ** 2
+        return alpha * sd**2 / norm2, sigma * sd / jnp.sqrt(norm2), 1 / jnp.sqrt(norm2), log_noise(process, t)
+
+
+@dataclass(frozen=True)
+class BoundaryPrecondition:
+    """EDM's with the identity moved from ρ = 0 to ρ(t_min): f(x, t_min) = x/α (Song et al. 2023, app. C)."""
+
+    sigma_data: float = 0.5
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t; on a process with α = 1, c_skip = σ_d²/((σ−ε)² + σ_d²), c_out = σ_d (σ−ε)/√(σ² + σ_d²)."""
+        alpha, sigma, sd = process.alpha(t), process.sigma(t), self.sigma_data
+        above = sigma - alpha * process.rho(jnp.asarray(process.t_min, t.dtype))  # α (ρ − ρ_min)
+        c_in = 1 / jnp.sqrt(sigma**2 + (alpha * sd) ** 2)
+        return alpha * sd**2 / (above**2 + (alpha * sd) ** 2), sd * above * c_in, c_in, log_noise(process, t)
+
+
+@dataclass(frozen=True)
+class EpsPrecondition:
+    """A network that outputs ε: x0 = (x − σ ε)/α. It sees the process's own time times `time_scale`."""
+
+    time_scale: float = 1.0
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t; not finite where α = 0."""
+        alpha = process.alpha(t)
+        return 1 / alpha, -process.sigma(t) / alpha, jnp.ones_like(t), self.time_scale * t
+
+
+@dataclass(frozen=True)
+class VPrecondition:
+    """A network that outputs v = α ε − σ x0: x0 = (α x − σ v)/(α² + σ²)."""
+
+    time_scale: float = 1.0
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t."""
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        norm2 = alpha**2 + sigma**2
+        return alpha / norm2, -sigma / norm2, jnp.ones_like(t), self.time_scale * t
+
+
+@dataclass(frozen=True)
+class VelocityPrecondition:
+    """A network that outputs the flow's velocity u = α' x0 + σ' ε: x0 = (σ' x − σ u)/(α σ' − σ α')."""
+
+    time_scale: float = 1.0
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t."""
+        d_alpha, d_sigma, sigma = process.alpha_prime(t), process.sigma_prime(t), process.sigma(t)
+        delta = process.alpha(t) * d_sigma - sigma * d_alpha
+        return safe_divide(d_sigma, delta), -safe_divide(sigma, delta), jnp.ones_like(t), self.time_scale * t
+
+
+@dataclass(frozen=True)
+class DataPrecondition:
+    """A network that outputs x0 itself."""
+
+    time_scale: float = 1.0
+
+    def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Coefficients at t."""
+        return jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t), self.time_scale * t
+
+
+@dataclass(frozen=True)
+class _Preconditioned:
+    graph: nnx.GraphDef
+    process: Process
+    precondition: Preconditioning
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        module = nnx.merge(self.graph, params, rest)
+        c_skip, c_out, c_in, c_noise = (expand(c, x) for c in self.precondition(self.process, t))
+        s_noise = None if s is None else self.precondition(self.process, s)[3]
+        rngs = None if key is None else nnx.Rngs(dropout=key)
+        out = module(c_in * x, c_noise.reshape(t.shape), cond, s_noise, rngs=rngs)
+        return c_skip * x + c_out * out.astype(x.dtype)
+
+
+def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning) -> Net:
+    """A Net from an NNX module called as module(x, c_noise, cond, s_noise, rngs=rngs) -> F, of x's shape.
+
+    The module is split once; from here on only jax transformations are used.
+    Raises ValueError where the network's output does not determine x0, as ε where α = 0.
+    """
+    ends = jnp.asarray([process.t_min, process.t_max])
+    if not np.all(np.isfinite(np.asarray(precondition(process, ends)[:2]))):
+        bad = process.t_max if float(process.alpha(ends[1])) == 0 else process.t_min
+        raise ValueError(
+            f"{type(precondition).__name__} gives no x0 at t = {bad:g}, where alpha = {float(process.alpha(bad)):g} and "
+            f"sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network instead "
+            "(VPrecondition, DataPrecondition), or end the process before this time"
+        )
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    return Net(params, rest, _Preconditioned(graph, process, precondition))
+
+
+@dataclass(frozen=True)
+class _Guided:
+    apply: Apply
+    interval: tuple[float, float]
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        if cond is None:
+            raise ValueError("a guided network needs cond: guidance is the difference between cond and none")
+        null = jax.tree.map(
+            lambda n, c: jnp.broadcast_to(n, jnp.shape(c)).astype(jnp.result_type(c)), rest["null"], cond
+        )
+
+        def double(a, b):
+            return jnp.concatenate([a, b])
+
+        both = jax.tree.map(double, cond, null)
+        twice = self.apply(
+            params, rest["rest"], double(x, x), double(t, t), both, s=None if s is None else double(s, s), key=key
+        )
+        with_cond, without = jnp.split(twice, 2)
+        low, high = self.interval
+        w = expand(jnp.where((low <= t) & (t <= high), rest["w"], 1.0).astype(x.dtype), x)
+        return without + w * (with_cond - without)  # Ho & Salimans 2022 in Imagen's convention
+
+
+def guided(net: Net, w: Array | float, null: PyTree, interval: tuple[float, float] = (0.0, math.inf)) -> Net:
+    """Classifier-free guidance as a new teacher: D_∅ + w (D_c − D_∅), w = 1 being none, in one doubled forward pass.
+
+    w: [] or [B], Imagen's and diffusers' convention (LCM's and Meng's w' is w − 1). null: the condition that means none,
+    of the structure of cond. Outside interval = (t_low, t_high) w is 1 (Kynkäänniemi et al. 2024).
+    """
+    rest = {"rest": net.rest, "w": jnp.asarray(w, jnp.float32), "null": jax.tree.map(jnp.asarray, null)}
+    return Net(net.params, rest, _Guided(net.apply, interval))
+
+
+@dataclass(frozen=True)
+class _Retimed:
+    apply: Apply
+    source: Process
+    target: Process
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        there, scale = self._move(t)
+        s_there = None if s is None else self._move(s)[0]
+        return self.apply(params, rest, expand(scale, x) * x, there, cond, s=s_there, key=key)
+
+    def _move(self, t):
+        rho_time = self.source.time_of(self.target.half_log_snr(t))
+        there = jnp.clip(rho_time, 0.0, self.source.t_max)
+        alpha, sigma = self.target.alpha(t), self.target.sigma(t)
+        by_noise = sigma > alpha  # both quotients are equal where ρ is; each is defined at one end
+        scale = jnp.where(
+            by_noise,
+            self.source.sigma(there) / jnp.where(by_noise, sigma, 1.0),
+            self.source.alpha(there) / jnp.where(by_noise, 1.0, alpha),
+        )
+        return there, scale
+
+
+def retime(net: Net, source: Process, target: Process) -> Net:
+    """A teacher of process `source` as a teacher of process `target`: D²(x, t) = D¹(x α¹/α², t¹) where ρ¹(t¹) = ρ²(t).
+
+    Exact wherever the two processes share noise-to-signal ratios; beyond the source's range the noise is matched at its
+    end, σ¹(t_max) ε for σ² ε.
+    """
+    return Net(net.params, net.rest, _Retimed(net.apply, source, target))

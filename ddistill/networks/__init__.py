@@ -1,0 +1,5 @@
+"""NNX network definitions and nothing else."""
+
+from ddistill.networks.mlp import MLP
+
+__all__ = ["MLP"]
