@@ -1,0 +1,1 @@
+"""Benchmarks whose right answers are known."""

@@ -1,0 +1,165 @@
+"""The exact-teacher benchmark: students of a Gaussian mixture, judged against the truth.
+
+The teacher is the mixture's own denoiser on the EDM process. A residual MLP is fitted to it once per seed; every method
+starts its student there, with its defaults. All samplers start from the same noise.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ddistill import grids
+from ddistill.config import Data, MLPNetwork, Optimizer
+from ddistill.data.pairs import teacher_pairs
+from ddistill.evaluate.mixture import Judge, floor, judge
+from ddistill.integrators import dpmpp_2m, euler, heun
+from ddistill.integrators.exact import flow_map
+from ddistill.losses.times import LogNormal
+from ddistill.methods import METHODS, Denoising
+from ddistill.methods.base import Method
+from ddistill.mixture import Mixture, as_teacher
+from ddistill.net import Net
+from ddistill.process import Process, edm
+from ddistill.sample import sample
+from ddistill.stages import Stage, run
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Network and training of the benchmark, by dimension alone: nothing is tuned to one mixture."""
+
+    network: MLPNetwork
+    batch_size: int
+    fit_steps: int
+    steps: int
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-3, warmup=200))
+
+
+def recipe(d: int) -> Recipe:
+    """The recipe for data of d dimensions."""
+    if d <= 4:
+        return Recipe(MLPNetwork(width=128, blocks=4), batch_size=1024, fit_steps=3000, steps=5000)
+    return Recipe(MLPNetwork(width=384, blocks=4), batch_size=256, fit_steps=3000, steps=5000)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mixture to distil: exact teacher, judge, the noise that all samplers share and where the exact map takes it."""
+
+    name: str
+    mixture: Mixture
+    process: Process
+    teacher: Net
+    judge: Judge
+    floor: dict[str, float]
+    noise: Array
+    exact: Array
+    exact_wall_s: float
+    data: Data
+
+
+def problem(name: str, samples: int = 10_000) -> Problem:
+    """Set up a bundled mixture by name, or one from an .npz file; it is centred and scaled to root-mean-square .5."""
+    mixture = Mixture.load(name).standardised(0.5)
+    process = edm()
+    teacher = as_teacher(mixture, process)
+    noise = process.prior(jax.random.key(7), (samples, mixture.d))
+    begin = time.monotonic()
+    exact = jax.block_until_ready(flow_map(teacher.bind(), process, noise, process.t_max, 0.0))
+    wall = time.monotonic() - begin
+    data = {"x": np.asarray(mixture.sample(jax.random.key(11), 200_000))}
+    return Problem(
+        name, mixture, process, teacher, judge(mixture, samples), floor(mixture, samples), noise, exact, wall,
+        Data(data, (mixture.d,), 0),
+    )  # fmt: skip
+
+
+def reference_rows(problem: Problem, nfes: Sequence[int] = (1, 2, 4, 8, 18, 35)) -> Iterator[Row]:
+    """Rows of the exact map and of the exact teacher under Euler, Heun and DPM-Solver++(2M) at the same costs."""
+    exact = problem.judge(problem.exact, problem.exact)
+    yield _row(problem, "teacher/exact-map", 0, 0, 0, exact, problem.exact_wall_s)
+    for method, integrator in (("euler", euler), ("heun", heun), ("dpmpp_2m", dpmpp_2m)):
+        for nfe in nfes:
+            steps = (nfe + 1) // 2 if integrator is heun else nfe
+            yield teacher_row(problem, problem.teacher, f"teacher/{method}", integrator, steps)
+
+
+def teacher_row(problem: Problem, net: Net, method: str, integrator: Callable, steps: int, seed: int = 0) -> Row:
+    """The row of one teacher and integrator."""
+    grid = grids.karras(problem.process, steps)
+    solve = jax.jit(lambda net, x: integrator(net.bind(), problem.process, grid, x))
+    begin = time.monotonic()
+    solution = jax.block_until_ready(solve(net, problem.noise))
+    wall = time.monotonic() - begin
+    metrics = problem.judge(solution.x, problem.exact)
+    return _row(problem, method, steps, int(solution.nfe), seed, metrics, wall)
+
+
+def fitted_network(problem: Problem, seed: int, recipe: Recipe) -> Net:
+    """The recipe's network fitted to the exact denoiser: the start of every student of this seed."""
+    key = jax.random.key(seed)
+    network = recipe.network.build(problem.data, problem.process, key)
+    fit = Denoising(times=LogNormal(-0.4, 2.0), exact=True)(problem.process)
+    stage = Stage(
+        "fit", fit, recipe.fit_steps,
+        source=lambda _: problem.data.source(recipe.batch_size, seed, 0.0),
+        optimizer=recipe.optimizer.build,
+        guide=lambda _: problem.teacher,
+    )  # fmt: skip
+    return run([stage], network, jax.random.fold_in(key, 1))[-1]
+
+
+def student_rows(problem: Problem, name: str, method: Method, start: Net, seed: int, recipe: Recipe) -> Iterator[Row]:
+    """Distil with one method, and judge the student at every number of steps it serves."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def source(_):
+        if method.pairs is None:
+            return problem.data.source(recipe.batch_size, seed, 0.0)
+        pairs = teacher_pairs(
+            problem.teacher, problem.process, jax.random.fold_in(key, 0), method.pairs.count, problem.data.shape,
+            steps=method.pairs.steps,
+        )  # fmt: skip
+        return Data(pairs, problem.data.shape, 0).source(recipe.batch_size, seed, 0.0)
+
+    stage = Stage(name, method, recipe.steps, source, recipe.optimizer.build, guide=lambda _: problem.teacher)
+    begin = time.monotonic()
+    student = run([stage], start, jax.random.fold_in(key, 1))[-1]
+    wall = time.monotonic() - begin
+    deterministic_map = True
+    for steps in METHODS[name].steps:
+        sampling = method.sampling
+        solution = sample(
+            student, problem.process, sampling.times(steps), problem.noise, jax.random.fold_in(key, 2),
+            gamma=sampling.gamma,
+        )  # fmt: skip
+        exact = problem.exact if deterministic_map and (sampling.gamma == 0 or steps == 1) else None
+        yield _row(problem, name, steps, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
+
+
+def bench(names: Sequence[str], mixtures: Sequence[str], seeds: int) -> Iterator[Row]:
+    """All rows of the benchmark, each as soon as it is known."""
+    for mixture in mixtures:
+        case = problem(mixture)
+        yield from reference_rows(case)
+        plan = recipe(case.mixture.d)
+        for seed in range(seeds):
+            start = fitted_network(case, seed, plan)
+            yield teacher_row(case, start, "teacher/network", dpmpp_2m, 35, seed)
+            for name in names:
+                yield from student_rows(case, name, METHODS[name].make()(case.process), start, seed, plan)
+
+
+def _row(problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: dict, wall: float) -> Row:
+    return {
+        "mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, **metrics,
+        "floor_sw2": problem.floor["sw2"], "wall_s": round(wall, 3),
+    }  # fmt: skip

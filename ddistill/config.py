@@ -1,0 +1,144 @@
+"""An experiment as nested frozen dataclasses: every field can be overridden on the command line.
+
+An experiment file is Python with one function, `def experiment() -> Experiment`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from ddistill.data import ArraySource, Source, label_dropout
+from ddistill.losses.times import LogNormal
+from ddistill.methods.base import Method
+from ddistill.methods.denoising import Denoising
+from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx
+from ddistill.networks import MLP
+from ddistill.process import Process, edm
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam with linear warm-up and cosine decay to zero; weight_decay > 0 makes it AdamW, clip > 0 bounds the norm."""
+
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    decay: bool = True
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The transformation for a run of so many updates."""
+        warmup = max(1, min(self.warmup, steps // 2))
+        if self.decay:
+            rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(steps, warmup + 1))
+        else:
+            rate = optax.linear_schedule(0.0, self.learning_rate, warmup)
+        adam = optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam) if self.clip else adam
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a dataset gives an experiment: arrays of one training set, and the shape and classes of a sample."""
+
+    arrays: dict[str, np.ndarray]
+    shape: tuple[int, ...]
+    num_classes: int
+
+    def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
+        """Shuffled batches; a share `unlabelled` of the labels is replaced by "none", for guidance."""
+        source = ArraySource(
+            self.arrays, batch_size=batch_size, seed=seed, num_classes=self.num_classes or None, shape=self.shape
+        )
+        return label_dropout(source, unlabelled, self.num_classes) if self.num_classes and unlabelled else source
+
+
+class Dataset(Protocol):
+    """A dataset's configuration."""
+
+    def load(self) -> Data:
+        """Read it."""
+
+
+class Architecture(Protocol):
+    """A network's configuration."""
+
+    def build(self, data: Data, process: Process, key: jax.Array) -> Net:
+        """The network at its initialisation."""
+
+
+@dataclass(frozen=True)
+class DigitsData:
+    """scikit-learn's scans of handwritten digits, 8x8, ten classes; 70 % of them to train on."""
+
+    seed: int = 0
+
+    def load(self) -> Data:
+        """Read it."""
+        from ddistill.data.digits import load_digits
+
+        digits = load_digits(self.seed)
+        return Data({"x": digits.train_x, "cond": digits.train_labels}, digits.train_x.shape[1:], digits.num_classes)
+
+
+@dataclass(frozen=True)
+class MLPNetwork:
+    """A residual MLP; bfloat16 computes in bfloat16 with float32 parameters."""
+
+    width: int = 256
+    blocks: int = 4
+    dropout: float = 0.0
+    bfloat16: bool = False
+    precondition: Preconditioning = field(default_factory=EDMPrecondition)
+
+    def build(self, data: Data, process: Process, key: jax.Array) -> Net:
+        """The network at its initialisation."""
+        module = MLP(
+            int(np.prod(data.shape)),
+            self.width,
+            self.blocks,
+            num_classes=data.num_classes,
+            dropout=self.dropout,
+            dtype=jnp.bfloat16 if self.bfloat16 else jnp.float32,
+            rngs=nnx.Rngs(key),
+        )
+        return from_nnx(module, process, self.precondition)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How the teacher is trained before it is distilled."""
+
+    method: Denoising = field(default_factory=lambda: Denoising(times=LogNormal(-0.8, 1.4)))
+    steps: int = 3000
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    unlabelled: float = 0.1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A teacher, and a method that distils it. Seeds fix everything that is random."""
+
+    name: str
+    method: Callable[[Process], Method]
+    data: Dataset = field(default_factory=DigitsData)
+    process: Process = field(default_factory=edm)
+    network: Architecture = field(default_factory=MLPNetwork)
+    teacher: Teacher = field(default_factory=Teacher)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    guidance: float = 1.0
+    steps: int = 3000
+    batch_size: int = 256
+    accumulate: int = 1
+    fsdp: int = 1
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000

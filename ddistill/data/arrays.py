@@ -1,0 +1,151 @@
+"""Batches from arrays in memory, shuffled without replacement, each a pure function of the step."""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+
+Source = Callable[[int], dict[str, np.ndarray]]
+
+# Streams of randomness that share one seed and must not share their numbers.
+_SHUFFLE, _DROPOUT = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Batches of named arrays, shuffled without replacement; a batch that crosses an epoch goes on in the next one.
+
+    `arrays`: each [N, ...]. Floats become float32, integer `cond` becomes int32; arrays that already have these types
+    are shared, not copied. `batch_size` may exceed N. `num_classes` declares `cond` to be labels [N] in
+    [0, num_classes). `shape` is the shape that one item of `x` must have, such as (8, 8, 1).
+
+    Raises ValueError for no arrays, empty arrays or unequal leading lengths, NaN or Inf, `x` not of floats, labels that
+    are not integers or out of range, a wrong shape, `batch_size` below 1, a negative seed.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    batch_size: int
+    seed: int = 0
+    num_classes: int | None = field(default=None, kw_only=True)
+    shape: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or larger.")
+        if not self.arrays:
+            raise ValueError('No arrays given; expected at least one, such as {"x": images}.')
+        arrays = {name: _numbers(name, array) for name, array in self.arrays.items()}
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Arrays have unequal leading lengths {lengths}; give one row per item in each.")
+        if 0 in lengths.values():
+            raise ValueError(f"Arrays are empty (lengths {lengths}); at least one item is needed.")
+        if self.shape is not None:
+            _check_shape(arrays, tuple(self.shape))
+        if self.num_classes is not None:
+            _check_labels(arrays, self.num_classes)
+        object.__setattr__(self, "arrays", arrays)
+
+    def __len__(self) -> int:
+        """N, the number of items."""
+        return len(next(iter(self.arrays.values())))
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """Batch of step 0, 1, 2, ...: each array [batch_size, ...], fresh memory. Raises ValueError below 0."""
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0.")
+        size = len(self)
+        positions = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        epochs = range(int(positions[0]) // size, int(positions[-1]) // size + 1)
+        order = np.concatenate([_permutation(self.seed, epoch, size) for epoch in epochs])
+        rows = order[positions - epochs[0] * size]
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+
+def label_dropout(source: Source, p: float, null: int, *, seed: int = 0) -> Source:
+    """Replace each label of `cond` by `null` with probability p: the training of classifier-free guidance.
+
+    p in [0, 1]; `source` gives `cond` of integers [B]. Which labels fall depends on (seed, step) alone. Raises
+    ValueError for p outside [0, 1] and for batches without such a `cond`. Ho & Salimans 2022, algorithm 1.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"Probability of dropping a label is {p}; it must lie between 0 and 1.")
+
+    def dropped(step: int) -> dict[str, np.ndarray]:
+        batch = source(step)
+        cond = batch.get("cond")
+        if cond is None or cond.ndim != 1 or not np.issubdtype(cond.dtype, np.integer):
+            given = "none" if cond is None else f"{cond.dtype} of shape {cond.shape}"
+            raise ValueError(f"label_dropout needs batches with integer labels `cond` [B]; given: {given}.")
+        drop = _generator(seed, _DROPOUT, operator.index(step)).random(len(cond)) < p
+        return {**batch, "cond": np.where(drop, null, cond).astype(cond.dtype)}
+
+    return dropped
+
+
+def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    order = _generator(seed, _SHUFFLE, epoch).permutation(size)
+    order.flags.writeable = False  # it is shared by every caller of the cache
+    return order
+
+
+def _numbers(name: str, array) -> np.ndarray:
+    array = np.asarray(array)
+    if array.ndim == 0:
+        raise ValueError(f"Array {name!r} is a single number; its first axis must count the items.")
+    if jnp.issubdtype(array.dtype, jnp.floating):  # jnp's test also knows bfloat16
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32, copy=False)
+        bad = ~np.isfinite(array)
+        if bad.any():
+            first = tuple(int(i) for i in np.unravel_index(np.argmax(bad), array.shape))
+            raise ValueError(
+                f"Array {name!r} holds {bad.sum()} values that are NaN or Inf in float32, the first at index {first}; "
+                "remove or mend these items."
+            )
+        return array
+    if name == "x":
+        raise ValueError(
+            f"Array 'x' has dtype {array.dtype}; expected floats: scale the data first, for images to [-1, 1]."
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"Array {name!r} has dtype {array.dtype}; expected floats or integers.")
+    return array.astype(np.int32, copy=False) if name == "cond" and _fits_int32(array) else array
+
+
+def _fits_int32(array: np.ndarray) -> bool:
+    info = np.iinfo(np.int32)
+    return not array.size or (info.min <= int(array.min()) and int(array.max()) <= info.max)
+
+
+def _check_shape(arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    if "x" not in arrays:
+        raise ValueError(f"A shape {shape} was given for 'x', and there is no array 'x' among {sorted(arrays)}.")
+    if arrays["x"].shape[1:] != shape:
+        raise ValueError(f"Items of 'x' have shape {arrays['x'].shape[1:]}; expected {shape}.")
+
+
+def _check_labels(arrays: Mapping[str, np.ndarray], num_classes: int) -> None:
+    if "cond" not in arrays:
+        raise ValueError(f"num_classes={num_classes} needs labels: give an array 'cond' [N] (had {sorted(arrays)}).")
+    cond = arrays["cond"]
+    if cond.ndim != 1 or not np.issubdtype(cond.dtype, np.integer):
+        raise ValueError(f"Labels 'cond' are {cond.dtype} of shape {cond.shape}; expected integers of shape [N].")
+    bad = (cond < 0) | (cond >= num_classes)
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise ValueError(
+            f"Label {int(cond[first])} at index {first} of 'cond' is out of range ({bad.sum()} such labels); "
+            f"num_classes={num_classes} accepts 0 to {num_classes - 1}."
+        )

@@ -1,0 +1,127 @@
+"""What a run tells: a progress bar, metrics as JSON lines, TensorBoard events."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+
+class Log(Protocol):
+    """Told of each stage, of metrics as they become known, and of the end."""
+
+    def start(self, stage: str, first: int, steps: int) -> None:
+        """Begin a stage at step `first` of `steps`."""
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of one step: numbers or scalar arrays."""
+
+    def progress(self, step: int) -> None:
+        """`step` steps are done."""
+
+    def stop(self) -> None:
+        """End the stage."""
+
+
+class Silent:
+    """A log that keeps the metrics it is told in `rows`, and shows nothing."""
+
+    def __init__(self):
+        self.rows: list[dict[str, Any]] = []
+        self._stage = ""
+
+    def start(self, stage: str, first: int, steps: int) -> None:
+        """Begin a stage."""
+        self._stage = stage
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Keep the metrics."""
+        self.rows.append({"stage": self._stage, "step": step, **_numbers(values)})
+
+    def progress(self, step: int) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class RunLog:
+    """A log in a folder, metrics.jsonl and events/, and on the terminal.
+
+    On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then. Only the
+    first process of several writes. Use as a context manager.
+    """
+
+    def __init__(self, directory: Path | str):
+        self._writes = jax.process_index() == 0
+        self._stage, self._loss, self._bar, self._events = "", math.nan, None, None
+        if self._writes:
+            from tensorboardX import SummaryWriter
+
+            directory = Path(directory)
+            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(directory / "events"))
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+    def start(self, stage: str, first: int, steps: int) -> None:
+        """Begin a stage at step `first` of `steps`."""
+        self._stage, self._first, self._steps = stage, first, steps
+        self._begin = self._told = time.monotonic()
+        if self._writes and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4g} · {task.fields[rate]:.0f} steps/s ·"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(stage, total=steps, completed=first, loss=math.nan, rate=0.0)
+            self._bar.start()
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the metrics of one step."""
+        numbers = _numbers(values)
+        self._loss = next((v for k, v in numbers.items() if k.endswith("loss")), math.nan)
+        if self._writes:
+            self._file.write(json.dumps({"stage": self._stage, "step": step, **numbers}) + "\n")
+            self._file.flush()
+            for name, value in numbers.items():
+                self._events.add_scalar(f"{self._stage}/{name}", value, step)
+
+    def progress(self, step: int) -> None:
+        """`step` steps are done."""
+        now = time.monotonic()
+        rate = (step - self._first) / max(now - self._begin, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=self._loss, rate=rate)
+        elif self._writes and (now - self._told > 15 or step == self._steps):
+            self._told = now
+            left = (self._steps - step) / max(rate, 1e-9)
+            line = f"{self._stage} {step}/{self._steps}  loss {self._loss:.4g}  {rate:.0f} steps/s  {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End the stage."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}

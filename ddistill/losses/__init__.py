@@ -1,0 +1,1 @@
+"""Small pieces that methods share: distances, weightings, laws of time."""

@@ -1,0 +1,34 @@
+"""The table of methods, name -> method."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ddistill.methods.base import Method
+from ddistill.methods.consistency import Consistency
+from ddistill.methods.denoising import Denoising
+from ddistill.methods.kd import KD
+from ddistill.process import Process
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of the table: its configuration (called with a process it gives a Method), and where it comes from."""
+
+    make: Callable[..., Callable[[Process], Method]]
+    title: str
+    paper: str
+    steps: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        """The file that holds it, from the root of the repository."""
+        return self.make.__module__.replace(".", "/") + ".py"
+
+
+METHODS = {
+    "kd": Entry(KD, "Naive knowledge distillation", "Luhman & Luhman 2021, arXiv:2101.02388", (1,)),
+    "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469", (1, 2, 4, 8)),
+}
+"""Methods that make a student, by their name on the command line; `steps` are the numbers of sampling steps they serve."""
+
+__all__ = ["METHODS", "KD", "Consistency", "Denoising", "Entry", "Method"]

@@ -1,0 +1,88 @@
+"""Consistency distillation: one network value along each trajectory of the teacher (Song et al. 2023)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ddistill.integrators import heun
+from ddistill.losses.distances import Distance, PseudoHuber
+from ddistill.methods.base import Method, Sampling, from_teacher
+from ddistill.net import frozen
+from ddistill.process import Process
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """E λ d(f_θ(x_t, t), f_θ⁻(Solver_φ(x_t, t → s), s)), t and s neighbours on a grid of N intervals, f(x, 0) = x.
+
+    Song et al. 2023, eq. 7. f(x, t) is the student's jump from t to 0. The grid is Karras' with 0 appended, uniform in
+    ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of `growth_steps` steps (Song & Dhariwal 2023,
+    sec. 3.4; equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
+    target θ⁻ is the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic
+    one-step integrator.
+    """
+
+    intervals: int = 10
+    max_intervals: int = 160
+    growth_steps: int = 3000
+    solver: Callable = heun
+    distance: Distance = field(default_factory=PseudoHuber)
+    weighted: bool = True
+    target_ema: float = 0.0
+    ema: float = 0.999
+    rho: float = 7.0
+
+    def __call__(self, process: Process) -> Method:
+        """The method on a process."""
+        target = "target" if self.target_ema else "student"
+
+        def loss(nets, batch, step, key):
+            x0, cond = batch["x"], batch.get("cond")
+            k_n, k_noise, k_net = jax.random.split(key, 3)
+            n = self.number_of_intervals(step)
+            i = jnp.floor(jax.random.uniform(k_n, x0.shape[:1]) * n)
+            t, s = self.node(process, i, n), self.node(process, i + 1, n)
+            x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
+            x_s = self.solver(nets["teacher"].bind(cond), process, jnp.stack([t, s]), x_t).x
+            # One key for both branches: dropout must not differ between them.
+            f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
+            f_s = frozen(nets[target]).jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
+            weight = 1 / (process.rho(t) - process.rho(s)) if self.weighted else 1.0
+            distance = self.distance(f_t, jax.lax.stop_gradient(f_s))
+            return jnp.mean(weight * distance), {"intervals": n, "distance": jnp.mean(distance)}
+
+        averages = {"target": ("student", self.target_ema)} if self.target_ema else {}
+        return Method(
+            losses={"student": loss},
+            init={"student": from_teacher},
+            ema={"ema": ("student", self.ema), **averages},
+            needs=frozenset({"x"}),
+            result="ema",
+            sampling=Sampling(lambda steps: renoising_times(process, steps), gamma=1.0),
+        )
+
+    def number_of_intervals(self, step: Array) -> Array:
+        """N at a step: doubling from `intervals` to `max_intervals`, piecewise constant."""
+        doublings = max(0, (self.max_intervals // self.intervals).bit_length() - 1)
+        k = jnp.floor((doublings + 1) * step / self.growth_steps)
+        return jnp.minimum(self.intervals * 2.0 ** jnp.minimum(k, doublings), self.max_intervals)
+
+    def node(self, process: Process, i: Array, n: Array) -> Array:
+        """Node i of n + 1, from t_max at 0 over t_min at n − 1 to 0 at n (Karras et al. 2022, eq. 5)."""
+        high, low = (process.rho(jnp.asarray(t)) ** (1 / self.rho) for t in (process.t_max, process.t_min))
+        ratio = (high + jnp.clip(i / (n - 1), 0, 1) * (low - high)) ** self.rho
+        return jnp.where(i >= n, 0.0, process.time_of(-jnp.log(ratio)))
+
+
+def renoising_times(process: Process, steps: int) -> Array:
+    """Times t_max, then steps − 1 noise-to-signal ratios from 4 down to .2 (one step in between: .8), then 0.
+
+    Above, a sample's mode is decided at once; below, f is all but the identity: renoising there gains nothing.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler takes at least 1 step; {steps} were asked for")
+    between = jnp.geomspace(4.0, 0.2, steps - 1) if steps > 2 else jnp.full(steps - 1, 0.8)
+    return jnp.concatenate([jnp.asarray([process.t_max]), process.time_of(-jnp.log(between)), jnp.zeros(1)])

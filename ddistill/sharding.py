@@ -1,0 +1,68 @@
+"""The device mesh and how states and batches lie on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp") over all devices of all processes, `fsdp` of which share one copy of the parameters.
+
+    Raises ValueError unless fsdp divides the number of devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise ValueError(f"fsdp = {fsdp} must divide the number of devices, {devices}")
+    # Auto: under Explicit axes, jax's default, sharded convolutions do not type-check.
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A sharding that puts a whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A sharding that splits the first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_shardings(mesh: Mesh, tree: PyTree, smallest: int = 2**16) -> PyTree:
+    """Shardings of parameters and everything shaped like them: the largest axis that fsdp divides is split over it.
+
+    Arrays of fewer than `smallest` elements are replicated; tree may hold arrays or jax.ShapeDtypeStruct.
+    """
+    size = mesh.shape["fsdp"]
+
+    def one(leaf):
+        shape = np.shape(leaf)
+        axes = [i for i in range(len(shape)) if shape[i] % size == 0]
+        if size == 1 or not axes or np.prod(shape) < smallest:
+            return replicated(mesh)
+        spec: list[str | None] = [None] * len(shape)
+        spec[max(axes, key=lambda i: shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, tree)
+
+
+def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """Lay a host batch out over the devices along its first axis.
+
+    With several processes each gives its own part. Raises ValueError where the devices do not divide the batch.
+    """
+    sharding = batch_sharding(mesh)
+    here = mesh.size // jax.process_count()
+
+    def put(array):
+        if np.shape(array)[0] % here:
+            raise ValueError(
+                f"a batch of {np.shape(array)[0]} does not split over {here} devices: take a multiple of {here}"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+
+    return jax.tree.map(put, batch)

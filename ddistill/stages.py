@@ -1,0 +1,159 @@
+"""A run as a list of stages: each trains with one method, and its result is the teacher of the next."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+from ddistill import sharding
+from ddistill.checkpoint import Checkpoints
+from ddistill.data import Source
+from ddistill.log import Log, Silent
+from ddistill.methods.base import Method, Metrics
+from ddistill.net import Net
+from ddistill.train import State, Trainer, make_trainer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Train `method` for `steps` batches of source(teacher).
+
+    source: from the stage's teacher (for methods that learn from pairs it makes) to batches by step. optimizer: from the
+    number of a network's updates to its transformation. guide: what the losses see as "teacher", the guided one for
+    example; networks start from the unguided one.
+    """
+
+    name: str
+    method: Method
+    steps: int
+    source: Callable[[Net], Source]
+    optimizer: Callable[[int], optax.GradientTransformation]
+    guide: Callable[[Net], Net] = lambda teacher: teacher
+    accumulate: int = 1
+
+
+class DivergedError(FloatingPointError):
+    """Training whose updates have not been finite for many steps on end."""
+
+
+def run(
+    stages: Sequence[Stage],
+    first: Net,
+    key: jax.Array,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    log: Log | None = None,
+    workdir: Path | None = None,
+    log_every: int = 50,
+    checkpoint_every: int = 1000,
+) -> list[Net]:
+    """Run the stages from a first teacher (or the network to be trained as one); answers each stage's result.
+
+    With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
+    where it stopped, with the same result as if it had not.
+    """
+    results = []
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    for i, stage in enumerate(stages):
+        teacher = results[-1] if results else first
+        optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
+        trainer = make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate)
+        nets, state = prepare(trainer, teacher, stage.guide(teacher), jax.random.fold_in(key, i))
+        if workdir is None:
+            state = fit(trainer, state, nets, stage, teacher, log=log, log_every=log_every)
+        else:
+            with Checkpoints(workdir / "checkpoints" / stage.name) as checkpoints:
+                if checkpoints.latest() is not None:
+                    state = checkpoints.restore(state)
+                state = fit(
+                    trainer, state, nets, stage, teacher, log=log, log_every=log_every,
+                    checkpoints=checkpoints, checkpoint_every=checkpoint_every,
+                )  # fmt: skip
+        results.append(result(trainer, state, nets))
+    return results
+
+
+def prepare(trainer: Trainer, teacher: Net, guided: Net, key: jax.Array) -> tuple[dict[str, Net], State]:
+    """The networks that a trainer's losses see (those it trains without params) and the state at step 0."""
+    k_nets, k_state = jax.random.split(key)
+    nets = trainer.start(teacher, k_nets)
+    state = trainer.init(nets, k_state)
+    whole = jax.device_put(guided, sharding.state_shardings(trainer.mesh, guided))
+    return {"teacher": whole, **{n: net.replace(params=None) for n, net in nets.items()}}, state
+
+
+def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
+    """The network that samples after training: the method's `result`, a network or an average."""
+    name = trainer.method.result
+    if name in state.params:
+        return nets[name].replace(params=state.params[name])
+    return nets[trainer.method.ema[name][0]].replace(params=state.ema[name])
+
+
+def fit(
+    trainer: Trainer,
+    state: State,
+    nets: dict[str, Net],
+    stage: Stage,
+    teacher: Net,
+    *,
+    log: Log | None = None,
+    log_every: int = 50,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = 1000,
+) -> State:
+    """Train from the state's step to the stage's last.
+
+    Metrics are read one report late, so that the devices never wait for the host.
+    Raises DivergedError when no update of a network has been finite for 100 of its turns on end, and ValueError if a
+    batch lacks what the method needs.
+    """
+    log = Silent() if log is None else log
+    begin = int(state.step)
+    if begin >= stage.steps:
+        return state
+    source = stage.source(teacher)
+    log.start(stage.name, begin, stage.steps)
+    waiting: tuple[int, Metrics] | None = None
+    try:
+        for step in range(begin, stage.steps):
+            batch = source(step)
+            if step == begin:
+                _check_needs(stage, batch)
+            turn = trainer.method.turn(step)
+            state, metrics = trainer.step(state, nets, sharding.put_batch(trainer.mesh, batch), turn)
+            done = step + 1
+            if done % log_every == 0 or done == stage.steps:
+                _report(log, stage, waiting)
+                waiting = (done, metrics)
+                log.progress(done)
+            if checkpoints is not None and (done % checkpoint_every == 0 or done == stage.steps):
+                checkpoints.save(done, state)
+        _report(log, stage, waiting)
+    finally:
+        log.stop()
+    return state
+
+
+def _check_needs(stage: Stage, batch) -> None:
+    missing = sorted(stage.method.needs - set(batch))
+    if missing:
+        raise ValueError(
+            f"stage {stage.name!r} needs {missing} in its batches, which hold {sorted(batch)}: "
+            "x is data, noise and x together are teacher pairs"
+        )
+
+
+def _report(log: Log, stage: Stage, waiting: tuple[int, Metrics] | None) -> None:
+    if waiting is None:
+        return
+    step, metrics = waiting
+    log.metrics(step, metrics)
+    failed = int(metrics["failing"])
+    if failed >= 100:
+        raise DivergedError(
+            f"stage {stage.name!r}, step {step}: the last {failed} gradients of a network were NaN or infinite and were "
+            "not applied. Lower the learning rate, clip gradients, or look at the data; the last finite state is kept"
+        )

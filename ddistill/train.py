@@ -1,0 +1,153 @@
+"""The train step: any number of networks, one optax transformation each, in one jitted and sharded function."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from ddistill import sharding
+from ddistill.methods.base import Batch, Method, Metrics
+from ddistill.net import Net
+
+PyTree = Any
+Nets = Mapping[str, Net]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that changes while training, and all that a checkpoint holds.
+
+    The key of a step is fold_in(key, step): a resumed run equals an uninterrupted one.
+    """
+
+    step: Array
+    key: Array
+    params: dict[str, PyTree]
+    opt: dict[str, optax.ApplyIfFiniteState]
+    ema: dict[str, PyTree]
+
+    def skipped(self) -> Array:
+        """Updates that were skipped because loss or gradient were not finite."""
+        return sum((opt.total_notfinite for opt in self.opt.values()), jnp.zeros((), jnp.int32))
+
+    def failing(self) -> Array:
+        """The most updates on end that one network has had skipped up to now."""
+        return jnp.stack([opt.notfinite_count for opt in self.opt.values()]).max()
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A method bound to optimisers and a mesh. Make one with `make_trainer`.
+
+    init(nets, key) -> State. step(state, nets, batch, turn) -> (State, metrics): compiled once for each distinct turn;
+    donates state; `nets` are the networks whose params the state does not hold, the teacher above all, and the code and
+    buffers of those it does.
+    """
+
+    method: Method
+    mesh: Mesh
+    start: Callable[[Net, Array], dict[str, Net]]
+    init: Callable[[Nets, Array], State]
+    step: Callable[[State, Nets, Batch, tuple[str, ...]], tuple[State, Metrics]]
+
+
+def make_trainer(
+    method: Method,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    *,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+) -> Trainer:
+    """Bind a method to one optimiser for each of its networks.
+
+    accumulate: gradients are averaged over this many equal parts of each batch before the update. Steps whose gradient is
+    not finite change nothing but a counter.
+    Raises ValueError if an optimiser is missing or superfluous.
+    """
+    if set(optimizers) != set(method.losses):
+        raise ValueError(f"optimizers for {sorted(optimizers)}, but the method trains {sorted(method.losses)}")
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=np.iinfo(np.int32).max) for n, o in optimizers.items()}
+
+    def start(teacher: Net, key: Array) -> dict[str, Net]:
+        names = sorted(method.init)
+        return {n: method.init[n](teacher, jax.random.fold_in(key, i)) for i, n in enumerate(names)}
+
+    def init(nets: Nets, key: Array) -> State:
+        def build(params, key):
+            copy = jax.tree.map(jnp.array, params)  # donated states must not share buffers with the teacher
+            return State(
+                step=jnp.zeros((), jnp.int32),
+                key=key,
+                params=copy,
+                opt={n: guarded[n].init(p) for n, p in copy.items()},
+                ema={n: jax.tree.map(jnp.array, params[source]) for n, (source, _) in method.ema.items()},
+            )
+
+        params = {n: nets[n].params for n in method.losses}
+        shapes = jax.eval_shape(build, params, key)
+        return jax.jit(build, out_shardings=sharding.state_shardings(mesh, shapes))(params, key)
+
+    def step(state: State, nets: Nets, batch: Batch, turn: tuple[str, ...]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        current = dict(nets)
+        for name in method.losses:
+            current[name] = nets[name].replace(params=state.params[name])
+        for name, (source, _) in method.ema.items():
+            current[name] = nets[source].replace(params=state.ema[name])
+
+        params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
+        for name in turn:
+
+            def loss(p, part, key, name=name):
+                return method.losses[name]({**current, name: current[name].replace(params=p)}, part, state.step, key)
+
+            grad, info = _gradient(loss, state.params[name], batch, key, accumulate)
+            updates, opt[name] = guarded[name].update(grad, state.opt[name], state.params[name])
+            params[name] = optax.apply_updates(state.params[name], updates)
+            metrics |= {f"{name}/{k}": v for k, v in info.items()} | {f"{name}/grad_norm": optax.global_norm(grad)}
+        for name, (source, decay) in method.ema.items():
+            if source in turn:
+                ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - decay)
+
+        after = dataclasses.replace(state, step=state.step + 1, params=params, opt=opt, ema=ema)
+        return after, metrics | {"skipped": after.skipped(), "failing": after.failing()}
+
+    def pinned(state, nets, batch, turn):
+        state, metrics = step(state, nets, batch, turn)
+        return jax.lax.with_sharding_constraint(state, sharding.state_shardings(mesh, state)), metrics
+
+    return Trainer(method, mesh, start, init, jax.jit(pinned, static_argnums=3, donate_argnums=0))
+
+
+def _gradient(loss, params, batch, key, parts):
+    """Gradient and metrics of loss(params, batch, key), averaged over equal parts of the batch."""
+
+    def one(part, key):
+        (value, info), grad = jax.value_and_grad(loss, has_aux=True)(params, part, key)
+        return grad, {"loss": value, **info}
+
+    if parts == 1:
+        return one(batch, key)
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if any(size % parts for size in sizes):
+        raise ValueError(f"accumulate = {parts} does not divide the batch of {sorted(sizes)}")
+    # Strided parts, so that each keeps an equal share of every device's samples.
+    split = jax.tree.map(lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total, i):
+        part = jax.tree.map(lambda a: a[i], split)
+        return jax.tree.map(jnp.add, total, one(part, jax.random.fold_in(key, i))), None
+
+    first = jax.eval_shape(one, jax.tree.map(lambda a: a[0], split), key)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+    total, _ = jax.lax.scan(body, zero, jnp.arange(parts))
+    return jax.tree.map(lambda a: a / parts, total)
