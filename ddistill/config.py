@@ -45,13 +45,21 @@ class Optimizer:
         return optax.chain(optax.clip_by_global_norm(self.clip), adam) if self.clip else adam
 
 
+def _unit(x) -> np.ndarray:
+    return np.clip((np.asarray(x, np.float32) + 1) / 2, 0, 1)
+
+
 @dataclass(frozen=True)
 class Data:
-    """What a dataset gives an experiment: arrays of one training set, and the shape and classes of a sample."""
+    """What a dataset gives an experiment: arrays of one training set, and the shape and classes of a sample.
+
+    to_unit: from samples to brightness in [0, 1] for pictures; by default for data in [-1, 1].
+    """
 
     arrays: dict[str, np.ndarray]
     shape: tuple[int, ...]
     num_classes: int
+    to_unit: Callable[[np.ndarray], np.ndarray] = _unit
 
     def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
         """Shuffled batches; a share `unlabelled` of the labels is replaced by "none", for guidance."""
@@ -86,7 +94,8 @@ class DigitsData:
         from ddistill.data.digits import load_digits
 
         digits = load_digits(self.seed)
-        return Data({"x": digits.train_x, "cond": digits.train_labels}, digits.train_x.shape[1:], digits.num_classes)
+        arrays = {"x": digits.train_x, "cond": digits.train_labels}
+        return Data(arrays, digits.train_x.shape[1:], digits.num_classes, digits.to_unit)
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,7 @@ def exponential(
     return poly_exponential(process, n, 1.0, final, start, end)
 
 
-def log_snr_uniform(
-    process: Process, n: int, start: float | None = None, end: float | None = None
-) -> np.ndarray:
+def log_snr_uniform(process: Process, n: int, start: float | None = None, end: float | None = None) -> np.ndarray:
     """n intervals of equal length in λ from start to end, without a final node (Lu et al. 2022, sec. 3.4)."""
     return exponential(process, n, None, start, end)
 

@@ -177,7 +177,9 @@ class Process:
     def transition(self, s: Array, t: Array) -> tuple[Array, Array]:
         """Scale α_t/α_s and standard deviation of x_t given x_s, s ≤ t; shape of the times."""
         decay = self.decay(t, s)
-        return self.alpha(t) / self.alpha(s), self.sigma(t) * jnp.sqrt(jnp.clip(1 - decay**2, 0.0))
+        scale = safe_divide(self.alpha(t), self.alpha(s))  # 0/0 where both have no signal, which is s = t
+        scale = jnp.where(jnp.asarray(s) == jnp.asarray(t), 1.0, scale)
+        return scale, self.sigma(t) * jnp.sqrt(jnp.clip(1 - decay**2, 0.0))
 
     def renoise(self, x: Array, noise: Array, s: Array, t: Array) -> Array:
         """Carry x from s up to t ≥ s along the forward process: a draw of x_t given x_s."""
@@ -257,7 +259,8 @@ class VP:
     def time_of(self, half_log_snr):
         # ∫β = softplus(−2λ) solved for t without cancellation (Lu et al. 2022, app. D.4).
         delta, integral = self.beta_max - self.beta_min, jax.nn.softplus(-2 * half_log_snr)
-        return 2 * integral / (jnp.sqrt(self.beta_min**2 + 2 * delta * integral) + self.beta_min)
+        t = 2 * integral / (jnp.sqrt(self.beta_min**2 + 2 * delta * integral) + self.beta_min)
+        return jnp.where(jnp.isinf(integral), jnp.inf, t)  # α > 0 at every t
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,8 @@ class SubVP:
         # ρ = 2 sinh(u) with u = −log α, a quadratic in α; asinh keeps small noise exact.
         u = jnp.arcsinh(0.5 * jnp.exp(-half_log_snr))
         delta = self.beta_max - self.beta_min
-        return 4 * u / (jnp.sqrt(self.beta_min**2 + 4 * delta * u) + self.beta_min)
+        t = 4 * u / (jnp.sqrt(self.beta_min**2 + 4 * delta * u) + self.beta_min)
+        return jnp.where(jnp.isinf(u), jnp.inf, t)  # α > 0 at every t
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ddistill.integrators import Solution
@@ -40,7 +41,7 @@ def sample(
     times = jnp.asarray(times, x.dtype)
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must be a list of at least two times, from the noise to the data; given {times.shape}")
-    if not isinstance(times, jax.core.Tracer) and gamma > 0 and bool(jnp.any(times[1:] > times[:-1])):
+    if not isinstance(times, jax.core.Tracer) and gamma > 0 and np.any(np.diff(np.asarray(times)) > 0):
         raise ValueError("times that ascend (inversion) need gamma = 0: forward noise would overwrite the trajectory")
 
     def one(x, step):

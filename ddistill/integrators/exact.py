@@ -23,6 +23,8 @@ from jax import Array
 
 from ddistill.process import Process, expand, safe_divide
 
+_SMALLEST_STEP = 1e-7  # as a share of the way: only a state that is not finite asks for less
+
 
 def flow_map(
     denoise: Callable[[Array, Array], Array],
@@ -85,8 +87,8 @@ def _explain(result, max_steps: int) -> str:
     import diffrax
 
     return (
-        f"{diffrax.RESULTS[result]} It was allowed {max_steps} steps: raise max_steps, or rtol and atol, "
-        "and check that x and denoise are finite"
+        f"{diffrax.RESULTS[result]} It had max_steps={max_steps}; "
+        "check that x and what denoise answers are finite, or loosen rtol and atol"
     )
 
 
@@ -119,7 +121,8 @@ def _solve(denoise, process, x, t, s, rtol, atol, rho_min, max_steps):
         return expand(tau_s - tau_t, y) * (expand(-jnp.tanh(tau), y) * y - estimate)
 
     def worst_sample(error):
-        return jnp.sqrt(jnp.max(jnp.mean(error.reshape(error.shape[0], -1) ** 2, -1)))
+        error = jnp.sqrt(jnp.max(jnp.mean(error.reshape(error.shape[0], -1) ** 2, -1)))
+        return jnp.where(jnp.isnan(error), jnp.inf, error)  # shrinks the step until the solver gives up
 
     t_edge, tau_t, ratio2_t = inside(t)
     s_edge, tau_s, ratio2_s = inside(s)
@@ -130,9 +133,11 @@ def _solve(denoise, process, x, t, s, rtol, atol, rho_min, max_steps):
         diffrax.Dopri8() if y.dtype == jnp.float64 else diffrax.Tsit5(),
         t0=0.0,
         t1=1.0,
-        dt0=None,
+        dt0=0.01,
         y0=y,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=worst_sample),
+        stepsize_controller=diffrax.PIDController(
+            rtol=rtol, atol=atol, norm=worst_sample, dtmin=_SMALLEST_STEP, force_dtmin=False
+        ),
         max_steps=max_steps,
         throw=False,
     )

@@ -15,6 +15,7 @@ They raise ValueError for an invalid grid, and where noise is drawn for an ascen
 grids are not checked: their nodes must differ, except for first-order methods, to which equal nodes are no step.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -314,17 +315,15 @@ def _by_order(orders: Array, weights: list) -> list[Array]:
 
 def _adams(start: Array, end: Array, points: list[Array], kernel: Callable[[Array], Array]) -> list[Array]:
     """∫ kernel(u) ℓ_j(u) du from start to end, for the Lagrange polynomials ℓ_j of the points (Gauss–Legendre)."""
-    abscissae, weights = np.polynomial.legendre.leggauss(16)
-    integrals = [jnp.zeros_like(start) for _ in points]
-    for z, w in zip(abscissae, weights, strict=True):
-        u = start + 0.5 * (1 + z) * (end - start)
-        for j, uj in enumerate(points):
-            basis = kernel(u) * (0.5 * w) * (end - start)
-            for k, uk in enumerate(points):
-                if k != j:
-                    basis = basis * (u - uk) / (uj - uk)
-            integrals[j] = integrals[j] + basis
-    return integrals
+    z, w = (v.reshape((-1,) + (1,) * start.ndim) for v in np.polynomial.legendre.leggauss(16))
+    half = 0.5 * (end - start)
+    u = start + (1 + z) * half
+    mass = w * half * kernel(u)
+
+    def basis(j):
+        return math.prod((u - uk) / (points[j] - uk) for k, uk in enumerate(points) if k != j)
+
+    return [jnp.sum(mass * basis(j), axis=0) for j in range(len(points))]
 
 
 def phi(k: int, z: Array) -> Array:

@@ -49,7 +49,9 @@ def check_grid(process: Process, grid: Array, x: Array, *, descending: bool = Fa
         steps = np.diff(np.asarray(grid), axis=0)
         down, up = np.all(steps < 0, axis=0), np.all(steps > 0, axis=0)
         if not np.all(down if descending else down | up):
-            direction = "strictly decreasing (this method does not run backwards)" if descending else "strictly monotone"
+            direction = (
+                "strictly decreasing (this method does not run backwards)" if descending else "strictly monotone"
+            )
             raise ValueError(f"grid nodes must be {direction}, given {np.asarray(grid)}")
     return jnp.asarray(grid, jnp.promote_types(jnp.promote_types(x.dtype, jnp.float32), _float_dtype(grid)))
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.integrators.multistep import phi
-from ddistill.integrators.scan import Denoise, Linear, Solution, check_grid, linear, per_sample
+from ddistill.integrators.scan import Denoise, Linear, Solution, check_grid, linear
 from ddistill.process import Process, expand, safe_divide
 
-Jump = Callable[[Array, Array, Array, Array], Array]
-"""(x, x0, t, s) -> x at s, with x0 the estimate at (x, t); times are [B]."""
+Jump = Callable[[Denoise, Array, Array, Array, Array], Array]
+"""(denoise, x, x0, t, s) -> x at s, with x0 the estimate at (x, t); times are [B]."""
 
 
 def euler(denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None) -> Solution:
@@ -41,13 +41,18 @@ def heun(
     2N − 1 on a grid that ends at σ = 0. For Heun in ρ on another process, retime the network to EDM.
     """
     nodes = check_grid(process, grid, x)
-    return single_step(denoise, process, nodes, x, heun_jump(denoise, process, mid), _euler(process), 2)
+    return single_step(denoise, process, nodes, x, heun_jump(process, mid), euler_jump(process), 2)
 
 
-def heun_jump(denoise: Denoise, process: Process, mid: float = 1.0) -> Jump:
+def euler_jump(process: Process) -> Jump:
+    """One Euler step in t."""
+    return lambda denoise, x, x0, t, s: x + expand(s - t, x) * process.velocity(x0, x, t)
+
+
+def heun_jump(process: Process, mid: float = 1.0) -> Jump:
     """One second-order Runge–Kutta step in t."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         step = expand(s - t, x)
         d = process.velocity(x0, x, t)
         d_mid = _velocity(denoise, process)(x + mid * step * d, t + mid * (s - t))
@@ -59,7 +64,7 @@ def heun_jump(denoise: Denoise, process: Process, mid: float = 1.0) -> Jump:
 def rk4(denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None) -> Solution:
     """The classical Runge–Kutta method in t, fourth order; four evaluations per step."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         step, middle, u = expand(s - t, x), 0.5 * (t + s), _velocity(denoise, process)
         k1 = process.velocity(x0, x, t)
         k2 = u(x + 0.5 * step * k1, middle)
@@ -67,7 +72,7 @@ def rk4(denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | 
         k4 = u(x + step * k3, s)
         return x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
-    return single_step(denoise, process, check_grid(process, grid, x), x, jump, _euler(process), 4)
+    return single_step(denoise, process, check_grid(process, grid, x), x, jump, euler_jump(process), 4)
 
 
 def dpm_solver_2(
@@ -75,7 +80,7 @@ def dpm_solver_2(
 ) -> Solution:
     """DPM-Solver-2 (Lu et al. 2022, alg. 4; noise prediction), second order, two evaluations; r places the second."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
         h = lam(s) - lam(t)
         m, hx = process.time_of(lam(t) + r * h), expand(h, x)
@@ -99,7 +104,7 @@ def dpm_solver_3(
 ) -> Solution:
     """DPM-Solver-3 (Lu et al. 2022, alg. 5; noise prediction), third order, three evaluations; r2 is 2/3 for order 3."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
         h = lam(s) - lam(t)
         m1, m2, hx = process.time_of(lam(t) + r1 * h), process.time_of(lam(t) + r2 * h), expand(h, x)
@@ -120,7 +125,7 @@ def dpmpp_2s(
 ) -> Solution:
     """DPM-Solver++(2S) (Lu et al. 2022b, alg. 1; data prediction), second order, two evaluations; r places the second."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
         h = lam(s) - lam(t)
         m, hx = process.time_of(lam(t) + r * h), expand(h, x)
@@ -143,7 +148,7 @@ def dpmpp_3s(
 ) -> Solution:
     """DPM-Solver++(3S) (Lu et al. 2022b; data prediction), third order, three evaluations; r2 is 2/3 for order 3."""
 
-    def jump(x, x0, t, s):
+    def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
         h = lam(s) - lam(t)
         m1, m2, hx = process.time_of(lam(t) + r1 * h), process.time_of(lam(t) + r2 * h), expand(h, x)
@@ -181,25 +186,25 @@ def single_step(
         t, s = jnp.broadcast_to(t, x.shape[:1]), jnp.broadcast_to(s, x.shape[:1])
         if lift is not None:
             x, t = lift(x, t, key)
-        x0 = called(x, t)
+        x0 = model(x, t)
         here = process.sigma(s) > 0 if defined is None else defined(t, s)
 
         def full():
             # samples of a mixed batch that are not defined here ride along on harmless times, their result unused
             t_safe, s_safe = jnp.where(here, t, 0.5 * process.t_max), jnp.where(here, s, 0.25 * process.t_max)
-            return jnp.where(expand(here, x), jump(x, x0, t_safe, s_safe), simple(x, x0, t, s))
+            return jnp.where(expand(here, x), jump(model, x, x0, t_safe, s_safe), simple(model, x, x0, t, s))
 
         after, nfe = jax.lax.cond(
             jnp.any(here),
             lambda: (full().astype(dtype), nfe + evaluations),
-            lambda: (simple(x, x0, t, s).astype(dtype), nfe + 1),
+            lambda: (simple(model, x, x0, t, s).astype(dtype), nfe + 1),
         )
         return (after, nfe), None
 
-    dtype = x.dtype
+    dtype = x.dtype  # times and coefficients may be more precise: they are not rounded inside a step
 
-    def called(x, t):
-        return denoise(x.astype(dtype), per_sample(t, x).astype(dtype))
+    def model(x, t):
+        return denoise(x.astype(dtype), t.astype(dtype))
 
     (x, nfe), _ = jax.lax.scan(body, (x, jnp.int32(0)), (nodes[:-1], nodes[1:], keys))
     return Solution(x, nfe)
@@ -210,14 +215,10 @@ def _in_lambda(denoise, process, grid, x, jump, evaluations) -> Solution:
         lam = process.half_log_snr
         return jnp.isfinite(lam(t)) & jnp.isfinite(lam(s))
 
-    def simple(x, x0, t, s):
+    def simple(denoise, x, x0, t, s):
         return process.step(x0, x, t, s)
 
     return single_step(denoise, process, check_grid(process, grid, x), x, jump, simple, evaluations, defined)
-
-
-def _euler(process: Process) -> Jump:
-    return lambda x, x0, t, s: x + expand(s - t, x) * process.velocity(x0, x, t)
 
 
 def _velocity(denoise: Denoise, process: Process) -> Callable[[Array, Array], Array]:

@@ -12,28 +12,23 @@ from jax import Array
 
 from ddistill.integrators.multistep import Steps, ancestral, steps_of
 from ddistill.integrators.scan import Denoise, Linear, Solution, check_grid, linear, per_sample, step_keys
-from ddistill.integrators.single_step import heun_jump, single_step
+from ddistill.integrators.single_step import euler_jump, heun_jump, single_step
 from ddistill.process import Process, expand, safe_divide
 
 
-def euler_maruyama(
-    denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None
-) -> Solution:
+def euler_maruyama(denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None) -> Solution:
     """Euler–Maruyama on the reverse SDE dx = (f x − g² score) dt + g dw̄ (Song et al. 2021), weak and strong order one.
 
     From α = 0, where f and g are infinite, the step is DDPM's; a step to σ = 0 returns its mean.
     """
     nodes = check_grid(process, grid, x, descending=True)
     st = steps_of(process, nodes)
-    start = st.alpha_t == 0
-    step, alpha = st.t - st.s, jnp.where(start, 1.0, st.alpha_t)
-    f = process.alpha_prime(st.t) / alpha
+    step, f = st.t - st.s, process.alpha_prime(st.t) / st.alpha_t
     g2 = 2 * st.sigma_t * process.sigma_prime(st.t) - 2 * f * st.sigma_t**2
     # x − (f x − g² score) Δ + g √Δ z, with score = (α x̂0 − x)/σ²
     pull = step * g2 / st.sigma_t**2
     std = jnp.where(st.sigma_s == 0, 0.0, jnp.sqrt(step * g2))
-    euler = Linear(1 - step * f - pull, (pull * st.alpha_t,), std)
-    rule = jax.tree.map(lambda a, b: jnp.where(start, a, b), ancestral(st), Linear(*euler))
+    rule = _from_noise(st, Linear(1 - step * f - pull, (pull * st.alpha_t,), std))
     return linear(denoise, process, nodes, x, rule, step_keys(key, len(st.t), "euler_maruyama"))
 
 
@@ -72,18 +67,20 @@ def heun_churn(
         return x + expand(s - t, x) * process.velocity(x0, x, t)
 
     keys = step_keys(key, n, "heun_churn")
-    return single_step(
-        denoise, process, nodes, x, heun_jump(denoise, process, mid), simple, 2, lift=lift, keys=keys
-    )
+    return single_step(denoise, process, nodes, x, heun_jump(denoise, process, mid), simple, 2, lift=lift, keys=keys)
 
 
 def reverse_diffusion(st: Steps) -> Linear:
-    """Coefficients of score_sde's predictor: the forward step's own f and G, reversed (Song et al. 2021, eq. 46)."""
+    """Coefficients of score_sde's predictor: the forward step's own f and G, reversed (Song et al. 2021, eq. 46).
+
+    From α = 0, where the forward step forgets all, it is `ancestral`.
+    """
     scale = st.alpha_t / st.alpha_s
     g2 = st.sigma_t**2 * jnp.clip(1 - st.decay**2, 0.0)
     # x − f + G² score + G z with f = (α_t/α_s − 1) x and score = (α_t x̂0 − x)/σ_t²
     pull = safe_divide(g2, st.sigma_t**2)
-    return Linear(2 - scale - pull, (pull * st.alpha_t,), jnp.where(st.sigma_s == 0, 0.0, jnp.sqrt(g2)))
+    rule = Linear(2 - scale - pull, (pull * st.alpha_t,), jnp.where(st.sigma_s == 0, 0.0, jnp.sqrt(g2)))
+    return _from_noise(st, rule)
 
 
 def predictor_corrector(
@@ -114,8 +111,8 @@ def predictor_corrector(
         for z_key in jax.random.split(key, corrections + 1)[1:]:
             z = jax.random.normal(z_key, x.shape, x.dtype)
             score = process.score(denoise(x, per_sample(t, x)), x, t)
-            size = 2 * scale**2 * (snr * _norm(z) / _norm(score)) ** 2
-            x = (x + expand(size, x) * score + expand(jnp.sqrt(2 * size), x) * z).astype(x.dtype)
+            root = scale * snr * _norm(z) / _norm(score)  # √(ε/2) of the step ε
+            x = (x + expand(2 * root**2, x) * score + expand(2 * root, x) * z).astype(x.dtype)
         z = jax.random.normal(jax.random.split(key, corrections + 1)[0], x.shape, x.dtype)
         x0 = denoise(x, per_sample(t, x))
         after = expand(rule.a, x) * x + expand(rule.b[0], x) * x0 + expand(rule.c, x) * z
@@ -124,6 +121,10 @@ def predictor_corrector(
     scale = st.alpha_t / st.alpha_s
     (x, nfe), _ = jax.lax.scan(body, (x, jnp.int32(0)), (st.t, scale, rule, keys))
     return Solution(x, nfe)
+
+
+def _from_noise(st: Steps, rule: Linear) -> Linear:
+    return jax.tree.map(lambda first, other: jnp.where(st.alpha_t == 0, first, other), ancestral(st), rule)
 
 
 def _norm(x: Array) -> Array:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-_INK, _FAINT = "#1f2328", "#8b949e"
+_INK, _FAINT, _SHEET = "#1f2328", "#6e7781", "#3d444d"
 # Okabe & Ito's palette, told apart by colour-blind readers too, without its yellow, which is too pale for lines.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
 
@@ -62,7 +62,7 @@ def save_sample_sheet(
     if scale < 1:
         raise ValueError(f"scale is {scale}; it must be a whole number of at least 1.")
 
-    height, width, gap, margin = height * scale, width * scale, 3, 14
+    height, width, gap, margin = height * scale, width * scale, 2, 14
     size = min(20, max(13, round(height * 0.36)))
     text, bold = _font(size), _font(size + 1, bold=True)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -77,11 +77,15 @@ def save_sample_sheet(
         "white",
     )
     draw = ImageDraw.Draw(sheet)
+    # White pixels at the edge of an image must not run into the gaps.
+    draw.rectangle(
+        (gutter - gap, top - gap, gutter + columns * (width + gap) - 1, top + len(sets) * step - 1), fill=_SHEET
+    )
     if title:
         draw.text((margin, margin), title, font=bold, fill=_INK)
     for column, heading in enumerate(headings or ()):
         middle = gutter + column * (width + gap) + width / 2
-        draw.text((middle, top - size * 0.4), heading, font=text, fill=_FAINT, anchor="ms")
+        draw.text((middle, top - gap - size * 0.4), heading, font=text, fill=_FAINT, anchor="ms")
     for row, (label, images) in enumerate(sets):
         y = top + row * step
         draw.multiline_text((margin, y + (step - gap) / 2), label, font=text, fill=_INK, anchor="lm")
@@ -127,7 +131,10 @@ def save_loss_plot(
         colour = _COLOURS[index % len(_COLOURS)]
         mean = _running_mean(values, max(1, len(values) // 25))
         axes.plot(steps, np.where(np.isfinite(values), values, np.nan), color=colour, alpha=0.22, linewidth=0.7)
-        axes.plot(steps, mean, color=colour, linewidth=2, label=name, solid_capstyle="round")
+        dot = "o" if len(steps) == 1 else None
+        axes.plot(
+            steps, mean, color=colour, linewidth=2, label=name, solid_capstyle="round", marker=dot, clip_on=not dot
+        )
         finite = values[np.isfinite(values)]
         if finite.size:
             # A single spike of the raw trace must not press the curves flat.
@@ -152,7 +159,8 @@ def save_loss_plot(
     axes.tick_params(which="both", labelsize=10, colors=_INK, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_FAINT)
-    axes.legend(frameon=False, fontsize=11, labelcolor=_INK, loc="upper right", ncols=min(3, len(curves)))
+    above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.99), "borderaxespad": 0.2}  # beside the title
+    axes.legend(frameon=False, fontsize=11, labelcolor=_INK, ncols=min(4, len(curves)), **above)
     _save_figure(path, figure)
 
 
@@ -160,8 +168,9 @@ def save_scatter(path: str | Path, panels: Sequence[tuple[str, np.ndarray]], cen
     """Save a PNG of point clouds side by side, panels of (title, xy [N, 2]), with a cross at each of `centres` [K, 2].
 
     All panels show the same square, around the centres and all but the outermost 0.2 % of the first panel: put the
-    truth first. Points outside it, NaN and Inf are counted in the panel's corner. Raises ValueError for no panels or other
-    shapes; OSError where `path` cannot be written.
+    truth first. Points outside it, NaN and Inf are counted in the panel's corner.
+
+    Raises ValueError for no panels or other shapes; OSError where `path` cannot be written.
     """
     if not panels:
         raise ValueError("No panels to draw; expected a list of (title, xy [N, 2]).")
@@ -174,19 +183,21 @@ def save_scatter(path: str | Path, panels: Sequence[tuple[str, np.ndarray]], cen
     low, high = corners.min(0), corners.max(0)
     middle, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.12
 
-    columns = min(4, len(clouds))
-    rows = math.ceil(len(clouds) / columns)
+    rows = math.ceil(len(clouds) / 4)
+    columns = math.ceil(len(clouds) / rows)
     figure = _figure(2.7 * columns, 3.0 * rows)
     for index, (title, xy) in enumerate(clouds):
         axes = figure.add_subplot(rows, columns, index + 1)
         inside = (np.abs(xy - middle) <= half).all(1)
         shown = xy[inside]
         alpha = float(np.clip(900 / max(len(shown), 1), 0.12, 0.8))
-        axes.scatter(shown[:, 0], shown[:, 1], s=3, alpha=alpha, color=_COLOURS[0], linewidths=0, rasterized=True)
+        axes.scatter(shown[:, 0], shown[:, 1], s=3, alpha=alpha, color=_COLOURS[0], linewidths=0)
         axes.scatter(marks[:, 0], marks[:, 1], s=26, marker="+", color=_COLOURS[1], linewidths=0.9)
         if not inside.all():
             note = f"{(~inside).sum()} of {len(xy)} points outside"
-            axes.text(0.97, 0.03, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color=_INK)
+            corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+            box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
+            axes.text(0.975, 0.025, note, fontsize=8, color=_INK, bbox=box, **corner)
         axes.set_xlim(middle[0] - half, middle[0] + half)
         axes.set_ylim(middle[1] - half, middle[1] + half)
         axes.set_aspect("equal")
@@ -241,7 +252,8 @@ def _figure(width: float, height: float):
     from matplotlib.figure import Figure
 
     # Without pyplot: no global state, and no display needed.
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)  # inches
     FigureCanvasAgg(figure)
     return figure
 

@@ -1,0 +1,7 @@
+"""`python -m ddistill` is the command `ddistill`."""
+
+import sys
+
+from ddistill.cli import main
+
+sys.exit(main())

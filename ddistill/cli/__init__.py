@@ -1,0 +1,184 @@
+"""The command line. Nothing slow is imported until a command needs it, so that --help answers at once."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train a teacher on scanned digits, distil it, and put pictures and numbers beside each other: two minutes.
+
+    Any field of the experiment can be set as for `ddistill distill`, --network.width 128 for example.
+    """
+
+    out: Path = Path("quickstart")
+    """The folder to write; started again in the same one, it resumes."""
+    seed: int = 0
+    """Of initial weights, batches and noise."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train an experiment's teacher and distil it.
+
+    Every field of the experiment is a flag, --optimizer.learning-rate 3e-4 for example; all of them:
+    ddistill distill EXPERIMENT.py --help
+    """
+
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py")]
+    """A Python file with `def experiment() -> Experiment`; it comes before the flags."""
+    workdir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The folder for checkpoints and metrics, runs/NAME by default; a run that was interrupted goes on in it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample from a finished run, into a picture or an array file."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    out: Annotated[Path, arg(metavar="FILE.png|.npz")]
+    """A picture of all samples side by side, or arrays x [n, ...] and labels [n]."""
+    steps: int = 1
+    """Sampling steps: network calls."""
+    n: int = 64
+    """Number of samples."""
+    label: Annotated[int | None, arg(metavar="INT")] = None
+    """The class of all samples; by default all classes in turn."""
+    seed: int = 0
+    """Of the noise."""
+    gamma: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """0 jumps from time to time, 1 jumps to the data and adds noise again; by default as the method is meant to."""
+    teacher: bool = False
+    """Sample from the teacher, with DPM-Solver++(2M), and not from the student."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge the teacher and the student of a run on digits, and print the table of the quickstart."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Numbers of sampling steps, of the student and of the teacher beside it."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the table there as well."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods: their names, papers and files."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Run a benchmark whose right answers are known.
+
+    exact: distil teachers in closed form, Gaussian mixtures, and compare the students with the truth.
+    """
+
+    which: Positional[Literal["exact"]]
+    """The benchmark."""
+    methods: str = "all"
+    """Names of `ddistill methods`, separated by commas, or all."""
+    mixture: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME_OR_FILE")] = ()
+    """ring8, grid25, digits or an .npz file (weights, means, covariances and perhaps labels); by default all three."""
+    seeds: int = 1
+    """Repetitions, each with its own network and noise."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the rows there, anew after each one."""
+
+
+Command = (
+    Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Distill, subcommand("distill")]
+    | Annotated[Sample, subcommand("sample")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Methods, subcommand("methods")]
+    | Annotated[Bench, subcommand("bench")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; answers the exit status: 0, 2 for an error that words explain, 130 for Ctrl-C.
+
+    With --debug, or DDISTILL_DEBUG set, errors show where they come from.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or bool(os.environ.get("DDISTILL_DEBUG"))
+    argv = [a for a in argv if a != "--debug"]
+    command, flags = _parse(argv)
+    _cache_compilations()
+    try:
+        from ddistill.cli import commands
+
+        commands.run(command, flags)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {_how_to_go_on(command)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `ddistill methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug or not _in_words(error):
+            raise
+        print(f"ddistill: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[Command, list[str]]:
+    """The command, and the flags that it leaves to the experiment."""
+    help_of_experiment = argv[:1] == ["distill"] and len(argv) > 2 and not argv[1].startswith("-")
+    asked = [a for a in argv if a in ("-h", "--help")] if help_of_experiment else []
+    argv = [a for a in argv if a not in asked]
+
+    def parse(**options):
+        return tyro.cli(
+            Command,
+            args=argv,
+            prog="ddistill",
+            description="Distil diffusion models: a slow teacher becomes a student that samples in one to four steps.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+            **options,
+        )
+
+    command, unknown = parse(return_unknown_args=True)
+    if unknown and not isinstance(command, Distill | Quickstart):
+        parse()  # says what is wrong, and exits
+    return command, [*unknown, *asked]
+
+
+def _cache_compilations() -> None:
+    """Let JAX keep what it compiles between commands, in the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddistill" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written is no reason to fail
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+def _how_to_go_on(command: Command) -> str:
+    if isinstance(command, Distill | Quickstart):
+        return "The same command goes on from the last checkpoint."
+    if isinstance(command, Bench) and command.json is not None:
+        return f"The rows that were done are in {command.json}."
+    return "Nothing was kept."
+
+
+def _in_words(error: Exception) -> bool:
+    """Whether the error's message is meant for users."""
+    from ddistill.checkpoint import CheckpointError
+    from ddistill.stages import DivergedError
+
+    return isinstance(error, ValueError | OSError | CheckpointError | DivergedError)

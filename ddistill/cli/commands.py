@@ -1,0 +1,251 @@
+"""What the commands do."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ddistill import quickstart as quickstart_experiment
+from ddistill.cli import Bench, Command, Distill, Evaluate, Methods, Quickstart, Sample
+from ddistill.config import DigitsData
+from ddistill.data.digits import Digits, load_digits
+from ddistill.evaluate import digits as judged
+from ddistill.integrators import dpmpp_2m
+from ddistill.methods import METHODS
+from ddistill.report import image_grid, save_loss_plot, save_sample_sheet
+from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics
+
+Row = dict[str, Any]
+
+
+def run(command: Command, flags: Sequence[str]) -> None:
+    """Carry a command out; flags are those that belong to its experiment."""
+    match command:
+        case Quickstart():
+            quickstart(command, flags)
+        case Distill():
+            distill(command, flags)
+        case Sample():
+            sample(command)
+        case Evaluate():
+            evaluate(command)
+        case Methods():
+            methods()
+        case Bench():
+            bench(command)
+
+
+def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
+    """Train, distil, judge; samples.png, metrics.json and loss.png go into the run's folder."""
+    source = Path(quickstart_experiment.__file__)
+    overrides = [*flags, *_seed_flag(command.seed)]
+    experiment = load_experiment(source, overrides, prog="ddistill quickstart")
+    out = command.out
+    _say(f"Training a teacher on scanned digits and distilling it, in {out}/")
+    distil(experiment, out, source=source, overrides=overrides)
+    opened = open_run(out)
+    digits = _digits(opened)
+    plan = _samplers(opened, (1, 2, 4))
+    _judge(digits, opened, plan, out / "metrics.json")
+    sheet = judged.sheet(digits, opened.experiment.process, plan)
+    save_sample_sheet(out / "samples.png", sheet)
+    metrics = read_metrics(out)
+    curves = {name: [[row[k] for row in rows] for k in ("step", "student/loss")] for name, rows in metrics.items()}
+    save_loss_plot(out / "loss.png", {name: (steps, losses) for name, (steps, losses) in curves.items()})
+    _say(f"Wrote {out}/samples.png, metrics.json, loss.png. More samples: ddistill sample {out} --out more.png")
+
+
+def distill(command: Distill, flags: Sequence[str]) -> None:
+    """Train an experiment in its work folder."""
+    experiment = load_experiment(command.experiment, flags)
+    workdir = Path("runs") / experiment.name if command.workdir is None else command.workdir
+    distil(experiment, workdir, source=command.experiment, overrides=flags)
+    _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
+
+
+def sample(command: Sample) -> None:
+    """Sample a run into a file."""
+    if command.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {command.out}: give a name that ends in .png for a picture or in .npz for arrays")
+    if command.n < 1:
+        raise ValueError(f"--n {command.n}: the number of samples must be at least 1")
+    opened = open_run(command.run)
+    experiment, data, process = opened.experiment, opened.data, opened.experiment.process
+    classes = data.num_classes
+    if command.label is not None and not 0 <= command.label < classes:
+        accepted = f"labels are 0 to {classes - 1}" if classes else "this run has no classes, leave --label out"
+        raise ValueError(f"--label {command.label} is out of range: {accepted}")
+    noise, labels, key = judged.start(process, data.shape, classes, command.n, command.seed)
+    if command.label is not None:
+        labels = jnp.full(command.n, command.label)
+    if command.teacher:
+        if command.gamma is not None:
+            raise ValueError("--gamma belongs to the student's sampler: leave it out with --teacher")
+        sampler = judged.teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps)
+    else:
+        method = experiment.method(process)
+        sampler = judged.student_sampler(opened.student, process, method.sampling, command.steps, command.gamma)
+    x = np.asarray(sampler.draw(noise, labels, key).x)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    if command.out.suffix == ".png":
+        _save_picture(command.out, data.to_unit(x))
+    elif labels is None:
+        np.savez(command.out, x=x)
+    else:
+        np.savez(command.out, x=x, labels=np.asarray(labels))
+    _say(f"{command.n} samples in {command.out}")
+
+
+def evaluate(command: Evaluate) -> None:
+    """Judge a run on digits."""
+    opened = open_run(command.run)
+    digits = _digits(opened)
+    _judge(digits, opened, _samplers(opened, command.steps), command.json)
+
+
+def methods() -> None:
+    """Print the table of methods."""
+    table = Table("name", "title", "paper", "steps", "file")
+    for name, entry in METHODS.items():
+        table.add_row(name, entry.title, entry.paper, ", ".join(map(str, entry.steps)), entry.file)
+    _console().print(table)
+
+
+def bench(command: Bench) -> None:
+    """Run the benchmark with exact teachers."""
+    from ddistill.bench.exact import bench as exact_bench
+    from ddistill.mixture import BUNDLED, Mixture
+
+    names = list(METHODS) if command.methods == "all" else [n.strip() for n in command.methods.split(",") if n.strip()]
+    unknown = [n for n in names if n not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"--methods {command.methods}: no method {', '.join(unknown)}; known are {', '.join(METHODS)}")
+    if command.seeds < 1:
+        raise ValueError(f"--seeds {command.seeds}: at least 1 is needed")
+    mixtures = command.mixture or BUNDLED
+    for mixture in mixtures:
+        Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
+    if command.json is not None:
+        _write_json(command.json, {"rows": []})
+    rows: list[Row] = []
+    for mixture in mixtures:
+        with Live(_bench_table(mixture, []), console=_console(), refresh_per_second=2) as live:
+            for row in exact_bench(names, [mixture], command.seeds):
+                rows.append(row)
+                live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
+                if command.json is not None:
+                    _write_json(command.json, {"rows": rows})
+                if not live.console.is_terminal:
+                    _say(
+                        f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {row['sw2']:.4f}, {row['wall_s']:.1f} s"
+                    )
+
+
+def _seed_flag(seed: int) -> list[str]:
+    return ["--seed", str(seed)]
+
+
+def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:
+    experiment = opened.experiment
+    sampling = experiment.method(experiment.process).sampling
+    return judged.samplers(opened.teacher, opened.student, experiment.process, sampling, steps)
+
+
+def _digits(opened: Opened) -> Digits:
+    data = opened.experiment.data
+    if not isinstance(data, DigitsData):
+        raise ValueError(
+            f"runs on digits can be judged; this one is on {type(data).__name__}: sample it into an .npz file"
+        )
+    return load_digits(data.seed)
+
+
+def _judge(digits: Digits, opened: Opened, plan: Sequence[judged.Sampler], file: Path | None) -> None:
+    rows: list[Row] = []
+    names = ("sampler", "NFE", "accuracy", "Fréchet", "precision", "recall", "ms/image")
+    table = Table(*names, caption="from the same noise and labels; Fréchet, precision, recall: against training scans")
+    with Live(table, console=_console(), refresh_per_second=2):
+        for row in judged.evaluate(digits, opened.experiment.process, plan):
+            rows.append(row)
+            digits_of = (None, "d", ".3f", ".2f", ".3f", ".3f", ".3f")
+            table.add_row(*(_cell(v, f) for v, f in zip(row.values(), digits_of, strict=True)))
+    if file is not None:
+        _write_json(file, {"rows": rows})
+
+
+_BENCH = {
+    "method": None,
+    "steps": "d",
+    "nfe": "d",
+    "seed": "d",
+    "endpoint": ".4f",
+    "sw2": ".4f",
+    "sw2/floor": ".2f",
+    "precision": ".3f",
+    "recall": ".3f",
+    "weights": ".4f",
+    "ll_gap": ".2f",
+    "wall_s": ".1f",
+}
+
+
+def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
+    rows = list(rows)
+    table = Table(*_BENCH, title=f"exact teacher: {mixture}", title_justify="left")
+    if rows:
+        floor = {"method": "floor", "sw2": rows[0]["floor_sw2"], "floor_sw2": rows[0]["floor_sw2"]}
+        for row in [floor, *rows]:
+            shown = {**row, "sw2/floor": row["sw2"] / row["floor_sw2"]}
+            table.add_row(*(_cell(shown.get(name), form) for name, form in _BENCH.items()))
+    return table
+
+
+def _cell(value: Any, form: str | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if form is None else format(value, form)
+
+
+def _console() -> Console:
+    # Through a pipe there is no width to ask for, and a table cut at 80 columns is of no use.
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save_picture(path: Path, x: np.ndarray) -> None:
+    from PIL import Image
+
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f"samples of shape {x.shape[1:]} are no pictures: give --out a name that ends in .npz")
+    columns = math.ceil(math.sqrt(len(x)))
+    scale = max(1, math.ceil(32 / min(x.shape[1:3])))
+    grid = image_grid(np.kron(x, np.ones((1, scale, scale, 1))), columns)
+    Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(path)

@@ -1,0 +1,119 @@
+"""How good samples of digits are, against scans that were held out: the table of the quickstart.
+
+Every sampler starts from the same noise with the same labels, all ten digits equally often. Fréchet distance (of
+pixels, over the scans' variance), precision and recall compare with the training scans, as the floor does: the held-out
+scans in place of samples. Accuracy asks a support vector machine, fitted to the training scans, for the label.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ddistill import grids
+from ddistill.data.digits import Digits
+from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet, precision_recall
+from ddistill.integrators import Solution, euler, heun
+from ddistill.methods.base import Sampling
+from ddistill.net import Net
+from ddistill.process import Process
+from ddistill.sample import sample
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample: draw(noise [B, ...], labels [B] or None, key) -> Solution."""
+
+    name: str
+    draw: Callable[[Array, Array | None, Array], Solution]
+
+
+def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps: int, name: str = "teacher") -> Sampler:
+    """A teacher under an integrator, on Karras' grid of so many steps."""
+    grid = grids.karras(process, steps)
+    solve = jax.jit(lambda net, x, cond: integrator(net.bind(cond), process, grid, x))
+    return Sampler(f"{name}, {integrator.__name__}", lambda noise, cond, key: solve(teacher, noise, cond))
+
+
+def student_sampler(
+    student: Net, process: Process, sampling: Sampling, steps: int, gamma: float | None = None
+) -> Sampler:
+    """A student with so many steps; gamma: other than its method's. Raises ValueError for steps it does not serve."""
+    times = sampling.times(steps)
+    gamma = sampling.gamma if gamma is None else gamma
+    draw = jax.jit(lambda net, x, cond, key: sample(net, process, times, x, key, gamma=gamma, cond=cond))
+    return Sampler("student", lambda noise, cond, key: draw(student, noise, cond, key))
+
+
+def samplers(
+    teacher: Net, student: Net, process: Process, sampling: Sampling, steps: Sequence[int] = (1, 2, 4)
+) -> list[Sampler]:
+    """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student."""
+    few = [teacher_sampler(teacher, process, euler, n) for n in sorted(steps, reverse=True)]
+    students = [student_sampler(student, process, sampling, n) for n in sorted(steps)]
+    return [teacher_sampler(teacher, process, heun, 18), *few, *students]
+
+
+def evaluate(
+    digits: Digits, process: Process, plan: Sequence[Sampler], count: int = 2000, seed: int = 0
+) -> Iterator[Row]:
+    """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, ms_per_image.
+
+    count: images per sampler. Times are those of a second call, without compilation.
+    """
+    classify = fit_digit_classifier(digits.train_x, digits.train_labels)
+
+    def row(name: str, nfe: int | None, x, labels, ms: float | None) -> Row:
+        precision, recall = precision_recall(digits.train_x, x)
+        return {
+            "sampler": name,
+            "nfe": nfe,
+            "accuracy": classifier_accuracy(classify, x, labels),
+            "frechet": frechet(x, digits.train_x) / digits.variance,
+            "precision": precision,
+            "recall": recall,
+            "ms_per_image": ms,
+        }
+
+    yield row("held-out scans (floor)", None, digits.held_out_x, digits.held_out_labels, None)
+    noise, labels, key = start(process, digits.train_x.shape[1:], digits.num_classes, count, seed)
+    for sampler in plan:
+        solution = jax.block_until_ready(sampler.draw(noise, labels, key))
+        begin = time.monotonic()
+        jax.block_until_ready(sampler.draw(noise, labels, key))
+        ms = 1000 * (time.monotonic() - begin) / count
+        yield row(sampler.name, int(solution.nfe), np.asarray(solution.x), np.asarray(labels), ms)
+
+
+def start(
+    process: Process, shape: tuple[int, ...], num_classes: int, count: int, seed: int
+) -> tuple[Array, Array | None, Array]:
+    """Noise [count, ...] at t_max, labels [count] 0, 1, 2, … in turn (None without classes), a key for γ > 0."""
+    k_noise, k_sampler = jax.random.split(jax.random.key(seed))
+    labels = jnp.arange(count, dtype=jnp.int32) % num_classes if num_classes else None
+    return process.prior(k_noise, (count, *shape)), labels, k_sampler
+
+
+def sheet(digits: Digits, process: Process, plan: Sequence[Sampler], columns: int = 20, seed: int = 0):
+    """Rows (label, images in [0, 1]) for a sample sheet, the held-out scans first; labels and noise go by column."""
+    noise, labels, key = start(process, digits.train_x.shape[1:], digits.num_classes, columns, seed)
+    seen: dict[int, int] = {}
+    scans = []
+    for label in np.asarray(labels).tolist():
+        of_label = np.flatnonzero(digits.held_out_labels == label)
+        scans.append(digits.held_out_x[of_label[seen.get(label, 0)]])
+        seen[label] = seen.get(label, 0) + 1
+    rows = [("held-out scans", digits.to_unit(np.stack(scans)))]
+    for sampler in plan:
+        solution = sampler.draw(noise, labels, key)
+        calls = int(solution.nfe)
+        name = f"{sampler.name}\n{calls} network call{'s' * (calls > 1)}"
+        rows.append((name, digits.to_unit(np.asarray(solution.x))))
+    return rows

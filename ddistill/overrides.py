@@ -1,0 +1,145 @@
+"""Every field of an experiment as a command-line flag, and as JSON.
+
+Fields of an experiment are often typed by protocols (a method, a distance, a dataset), so flags are read from the
+default instance and not from the types: `--method.intervals 20` exists because the experiment's method has intervals.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+_PLAIN = (bool, int, float, str, Path, types.NoneType)
+_LONGEST = 16  # a table of a thousand betas is not a flag
+
+
+def override(config: T, flags: Sequence[str], prog: str) -> T:
+    """The dataclass `config` with fields replaced by flags such as `--optimizer.learning-rate 3e-4`.
+
+    Numbers, strings, booleans (--x, --no-x) and tuples of them can be set, however deep; functions and arrays stay.
+    Prints a message with the nearest names and exits with status 2 for an unknown flag or a value of another type;
+    prints all flags and exits for --help.
+    """
+    import tyro
+
+    mirror = _mirror(config)
+    return _apply(config, tyro.cli(type(mirror), default=mirror, args=list(flags), prog=prog))
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON: dataclasses as objects with their "type", functions by name, arrays by shape and digest."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"type": _name(type(value)), **{f.name: describe(getattr(value, f.name)) for f in _fields(value)}}
+    if isinstance(value, functools.partial):
+        parts = {"function": value.func, "args": value.args, "keywords": value.keywords}
+        return {"type": "functools.partial", **describe(parts)}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, _PLAIN):
+        return value
+    if hasattr(value, "__array__"):
+        array = np.ascontiguousarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        return f"{array.dtype}{list(array.shape)} sha256:{digest}"
+    return _name(value)
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Lines "optimizer.learning_rate: 0.001 before, 0.01 now" for all that differs between two described values."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.get("type") == after.get("type"):
+        names = [*before, *(n for n in after if n not in before)]
+        return [
+            line
+            for n in names
+            for line in differences(before.get(n, "absent"), after.get(n, "absent"), f"{path}.{n}".lstrip("."))
+        ]
+    return [] if before == after else [f"{path}: {_short(before)} before, {_short(after)} now"]
+
+
+def _short(value: Any) -> str:
+    return value["type"] if isinstance(value, dict) and "type" in value else str(value)
+
+
+def _fields(config) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config) if f.init]
+
+
+def _mirror(config: Any) -> Any:
+    """An instance of a new dataclass whose fields have the types of config's values; the fixed ones hold a name."""
+    import tyro
+
+    hints = _hints(type(config))
+    fields: list[tuple[str, Any, Any]] = []
+    for field in _fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type) and _fields(value):
+            inner = _mirror(value)
+            fields.append((field.name, type(inner), dataclasses.field(default=inner)))
+        elif (kind := _plain_type(hints.get(field.name), value)) is not None:
+            fields.append((field.name, kind, dataclasses.field(default=value)))
+        else:
+            shown = str(describe(value)) if not dataclasses.is_dataclass(value) else _name(type(value))
+            fields.append((field.name, tyro.conf.Fixed[str], dataclasses.field(default=shown)))
+    made = dataclasses.make_dataclass(type(config).__name__, fields, frozen=True)
+    made.__doc__ = (type(config).__doc__ or type(config).__name__).split("\n")[0]
+    return made()
+
+
+def _apply(config: Any, mirror: Any) -> Any:
+    """`config` with the values of its mirror."""
+    changes = {}
+    for field in _fields(mirror):
+        old, new = getattr(config, field.name), getattr(mirror, field.name)
+        if dataclasses.is_dataclass(new):
+            new = _apply(old, new)
+            if new is not old:
+                changes[field.name] = new
+        elif _plain_type(_hints(type(config)).get(field.name), old) is not None and new != old:
+            changes[field.name] = new
+    return dataclasses.replace(config, **changes) if changes else config
+
+
+def _plain_type(hint: Any, value: Any) -> Any:
+    """The type that a flag for this field is read as, or None where it cannot be one."""
+    if isinstance(value, tuple | list):
+        if len(value) > _LONGEST or not all(isinstance(v, _PLAIN) for v in value):
+            return None
+        return hint if _is_plain(hint) else tuple[tuple(type(v) for v in value)] if value else None  # type: ignore[misc]
+    if not isinstance(value, _PLAIN):
+        return None
+    if _is_plain(hint):
+        return hint
+    return None if value is None else type(value)
+
+
+def _is_plain(hint: Any) -> bool:
+    if hint in _PLAIN or hint is None or hint is Ellipsis:
+        return True
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return True
+    return origin in (typing.Union, types.UnionType, tuple, list) and all(_is_plain(p) for p in parts)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except (NameError, TypeError):  # a name that exists only for type checkers: the values' own types will do
+        return {}
+
+
+def _name(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

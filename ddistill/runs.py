@@ -1,0 +1,256 @@
+"""A run: an experiment, and the folder in which it was or is being carried out.
+
+The folder holds experiment.py (a copy of the experiment's file), experiment.json (the overrides and every field as it
+was resolved), checkpoints/<stage>/, metrics.jsonl and events/.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddistill import sharding
+from ddistill.checkpoint import CheckpointError, Checkpoints
+from ddistill.config import Data, Experiment
+from ddistill.data import Source
+from ddistill.data.pairs import teacher_pairs
+from ddistill.log import Log, RunLog
+from ddistill.net import Net, guided
+from ddistill.overrides import describe, differences, override
+from ddistill.stages import Stage, run
+from ddistill.version import version
+
+
+class Result(NamedTuple):
+    """What a run ends with: the teacher without guidance, and its student."""
+
+    teacher: Net
+    student: Net
+
+
+class Opened(NamedTuple):
+    """A finished run read back."""
+
+    experiment: Experiment
+    data: Data
+    teacher: Net
+    student: Net
+
+
+def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: str | None = None) -> Experiment:
+    """Execute an experiment's file, call its `experiment()` and apply the flags `overrides` (`ddistill.overrides`).
+
+    The file stands alone: a copy of it in the run's folder must give the same experiment. prog: the command that the
+    message for an unknown flag names, with which the process exits. Raises FileNotFoundError for no file, ValueError
+    where it cannot be executed or gives no Experiment.
+    """
+    path = Path(path)
+    how = "an experiment is a Python file with `def experiment() -> Experiment`"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; {how}")
+    name = f"ddistill_experiment_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file (.py); {how}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses defined in the file look their module up
+    try:
+        spec.loader.exec_module(module)
+        experiment = module.experiment() if callable(getattr(module, "experiment", None)) else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{where}: {type(error).__name__}: {error}") from error
+    if experiment is None:
+        raise ValueError(f"{path} has no function `experiment` that answers something; {how}")
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"experiment() of {path} answered {type(experiment).__name__}; {how}")
+    return override(experiment, overrides, prog=prog or f"ddistill distill {path}")
+
+
+def stages(experiment: Experiment, data: Data) -> list[Stage]:
+    """The stages of an experiment: "teacher", denoising on the data, and "student", the method on that teacher.
+
+    The method's losses, and teacher pairs where it asks for them and the data has none, see the guided teacher. Raises
+    ValueError for guidance of a teacher without classes.
+    """
+    process, e = experiment.process, experiment
+    method = e.method(process)
+    if e.guidance != 1 and not data.num_classes:
+        raise ValueError(f"guidance = {e.guidance} needs classes, and the data has none: leave guidance at 1")
+
+    def guide(teacher: Net) -> Net:
+        return teacher if e.guidance == 1 else guided(teacher, e.guidance, np.int32(data.num_classes))
+
+    def student_source(teacher: Net) -> Source:
+        if method.pairs is None or "noise" in data.arrays:
+            return data.source(e.batch_size, e.seed, 0.0)
+        arrays = teacher_pairs(
+            guide(teacher), process, jax.random.key(e.seed), method.pairs.count, data.shape,
+            steps=method.pairs.steps, num_classes=data.num_classes,
+        )  # fmt: skip
+        return dataclasses.replace(data, arrays=arrays).source(e.batch_size, e.seed, 0.0)
+
+    return [
+        Stage(
+            "teacher", e.teacher.method(process), e.teacher.steps,
+            source=lambda _: data.source(e.batch_size, e.seed, e.teacher.unlabelled),
+            optimizer=e.teacher.optimizer.build, accumulate=e.accumulate,
+        ),
+        Stage(
+            "student", method, e.steps,
+            source=student_source, optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate,
+        ),
+    ]  # fmt: skip
+
+
+def distil(
+    experiment: Experiment,
+    workdir: Path | str | None = None,
+    log: Log | None = None,
+    *,
+    source: Path | str | None = None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Train the teacher and distil it; with a workdir, go on where an earlier call in the same folder stopped.
+
+    log: by default metrics in the workdir and a progress bar, or nothing without a workdir. source, overrides: the file
+    and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it.
+    Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written.
+    """
+    data = experiment.data.load()
+    plan = stages(experiment, data)
+    if workdir is None:
+        return _run(experiment, data, plan, None, log)
+    workdir = Path(workdir)
+    _claim(workdir, experiment, None if source is None else Path(source), overrides)
+    if log is not None:
+        return _run(experiment, data, plan, workdir, log)
+    with RunLog(workdir) as log:
+        return _run(experiment, data, plan, workdir, log)
+
+
+def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opened:
+    """Read a finished run back without training.
+
+    experiment: needed only where the run was started from Python without an experiment file. Raises FileNotFoundError
+    where the folder is no run, CheckpointError where the run is unfinished, ValueError where the experiment it was made
+    with is no longer what its file gives (as after an update that changed a default).
+    """
+    workdir = Path(workdir)
+    record = _record(workdir)
+    if record is None:
+        what = "is not the folder of a run (it has no experiment.json)" if workdir.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{workdir} {what}: give a folder that `ddistill distill --workdir` or quickstart wrote"
+        )
+    if experiment is None:
+        if not (workdir / "experiment.py").is_file():
+            raise FileNotFoundError(
+                f"{workdir} has no experiment.py: its run was started from Python, pass the experiment to open_run"
+            )
+        experiment = load_experiment(workdir / "experiment.py", record["overrides"])
+    lines = differences(record["experiment"], describe(experiment))
+    if lines:
+        raise ValueError(
+            f"{workdir} was made by ddistill {record['version']} with other values: {'; '.join(lines[:8])}. "
+            "Set them in its experiment.py"
+        )
+    data = experiment.data.load()
+    plan = stages(experiment, data)
+    for stage in plan:
+        folder = workdir / "checkpoints" / stage.name
+        done = _steps_done(folder)
+        if done < stage.steps:
+            raise CheckpointError(
+                f"the run in {workdir} is unfinished: {done} of {stage.steps} steps of stage {stage.name!r} are saved. "
+                "Start it again with the same command to finish it"
+            )
+    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None))
+
+
+def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
+    """The rows of metrics.jsonl by stage, each with its "step"; the last of those repeated after resuming."""
+    stages: dict[str, dict[int, dict[str, float]]] = {}
+    with (Path(workdir) / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut off when the run was killed
+                continue
+            stages.setdefault(row.pop("stage"), {})[row["step"]] = row
+    return {name: [rows[step] for step in sorted(rows)] for name, rows in stages.items()}
+
+
+def _run(experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None) -> Result:
+    key = jax.random.key(experiment.seed)
+    network = experiment.network.build(data, experiment.process, jax.random.fold_in(key, 0))
+    teacher, student = run(
+        plan, network, jax.random.fold_in(key, 1),
+        mesh=sharding.make_mesh(experiment.fsdp), log=log, workdir=workdir,
+        log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
+    )  # fmt: skip
+    return Result(teacher, student)
+
+
+def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> None:
+    """Make the folder this experiment's, or raise if it is something else's."""
+    now = describe(experiment)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        record = _record(workdir)
+        if record is None:
+            others = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
+            if others:
+                raise ValueError(
+                    f"{workdir} is not empty and is not the folder of a run: it holds {', '.join(others[:5])}"
+                    f"{', …' * (len(others) > 5)}. Give a new or an empty folder"
+                )
+        elif lines := differences(record["experiment"], now):
+            raise ValueError(
+                f"{workdir} holds another experiment, which differs in {'; '.join(lines[:8])}"
+                f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Start this one in a new folder, or repeat the "
+                "command that made this folder to resume it"
+            )
+        if jax.process_index() == 0:
+            text = {"version": version(), "overrides": list(overrides), "experiment": now}
+            _write(workdir / "experiment.json", json.dumps(text, indent=2) + "\n")
+            if source is not None and source.resolve() != (workdir / "experiment.py").resolve():
+                _write(workdir / "experiment.py", source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the work folder {workdir}: {error.strerror or error}. Give one where you may write"
+        ) from error
+
+
+def _record(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "experiment.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("version", "overrides", "experiment")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): it is no record of a run. Start again in a new folder"
+        ) from error
+
+
+def _steps_done(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.latest() or 0
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
