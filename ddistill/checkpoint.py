@@ -27,7 +27,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            # Without a handler a manager that has not saved yet cannot read what another one saved.
+            handler = ocp.StandardCheckpointHandler()
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoints to {self.directory}: {error}") from error
 

@@ -7,6 +7,7 @@ diffusers' timestep index plus one, with 0 the data.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,9 @@ def karras(
 ) -> np.ndarray:
     """Nodes uniform in ρ^{1/rho} from start to end, then `final` (Karras et al. 2022, eq. 5).
 
-    Returns [n + 1] times: n of them between start (t_max) and end (t_min), then final, by default the data. With
-    final=None all n + 1 lie between start and end: the training grid of consistency models. Raises ValueError for n < 1,
-    rho ≤ 0, or ends of infinite or zero ρ.
+    Returns [n + 1] times: n of them from start (t_max) to end (t_min), then final, by default the data; for n = 1 start
+    and final. With final=None all n + 1 lie from start to end, the training grid of consistency models.
+    Raises ValueError for n < 1, rho ≤ 0, or ends of infinite or zero ρ.
     """
     _positive(rho, "rho")
 
@@ -45,7 +46,7 @@ def poly_exponential(
     start: float | None = None,
     end: float | None = None,
 ) -> np.ndarray:
-    """Nodes exp(r^rho (log ρ_start − log ρ_end) + log ρ_end), r from 1 to 0, then `final` (k-diffusion); as `karras`."""
+    """Nodes ρ_end (ρ_start/ρ_end)^(r^rho) in ρ, r from 1 to 0, then `final`, as `karras` (k-diffusion)."""
     _positive(rho, "rho")
 
     def ramp(u, high, low):
@@ -144,7 +145,8 @@ def flow_shifted(n: int, shift: float) -> np.ndarray:
     """
     _count(n)
     _positive(shift, "shift")
-    return _exact(flow_shift(np.linspace(1.0, 0.0, n + 1), shift), 1.0, 0.0)
+    plain: Any = np.linspace(1.0, 0.0, n + 1)
+    return _exact(np.asarray(flow_shift(plain, shift)), 1.0, 0.0)
 
 
 def trig(n: int, start: float = math.pi / 2, middle: float | None = 1.3) -> np.ndarray:

@@ -33,8 +33,8 @@ _SMALLEST_VARIANCE = 1e-20  # of a direction in which a component has no width, 
 class Mixture:
     """A mixture of K Gaussians in d dimensions whose components carry class labels.
 
-    weights [K], means [K, d], scales [K, d] (eigenvalues of the covariances), bases [K, d, d] (eigenvectors in columns),
-    labels [K] in 0 … num_classes − 1. Build one with `from_covariances` or `load`, which check their input.
+    weights [K], means [K, d], scales [K, d] (eigenvalues of the covariances), bases [K, d, d] (eigenvectors in
+    columns), labels [K] in 0 … num_classes − 1. Build one with `from_covariances` or `load`, which check their input.
 
     The methods take a noise process, x [B, ...] with d numbers a sample, t [] or [B] within the process, and cond: None
     or labels [] or [B], where num_classes and −1 are the null label, which leaves the class open. A concrete label
@@ -59,8 +59,8 @@ class Mixture:
         """Build a mixture from weights [K], means [K, d], covariances [K, d, d] and, if given, labels [K].
 
         The weights must be positive and sum to one (to 1e-4, and are then normalised), the covariances symmetric and
-        positive semi-definite (to single precision), the labels use every class from 0 on; without labels all components
-        are of class 0. Raises ValueError, saying what was given and what is accepted.
+        positive semi-definite (to single precision), the labels use every class from 0 on; without labels all
+        components are of class 0. Raises ValueError, saying what was given and what is accepted.
         """
         w, mu, cov = (_finite(a, name) for a, name in _named(weights, means, covariances))
         if w.ndim != 1 or not w.size or mu.ndim != 2 or mu.shape[0] != w.size or not mu.shape[1]:
@@ -110,9 +110,7 @@ class Mixture:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in ("weights", "means", "covariances") if key not in file]
             if missing:
-                raise ValueError(
-                    f"{path} lacks {', '.join(missing)} and has {', '.join(file.files)}; give {accepted}"
-                )
+                raise ValueError(f"{path} lacks {', '.join(missing)} and has {', '.join(file.files)}; give {accepted}")
             try:
                 arrays = {key: file[key] for key in ("weights", "means", "covariances", "labels") if key in file}
                 return cls.from_covariances(**arrays)
@@ -171,15 +169,8 @@ class Mixture:
         logits = jnp.broadcast_to(self._log_weights(cond, dtype), (n, self.K))
         modes = jax.random.categorical(key_mode, logits)
         noise = jax.random.normal(key_noise, (n, self.d), dtype)
-        means, bases = jnp.asarray(self.means, dtype), jnp.asarray(self.bases, dtype)
-        widths = jnp.sqrt(jnp.asarray(self.scales, dtype))
-
-        def draw(mode_and_noise):
-            mode, z = mode_and_noise
-            return means[mode] + jnp.matmul(bases[mode], widths[mode] * z, precision="highest")
-
-        # In batches: n gathered bases at once would be [n, d, d].
-        return jax.lax.map(draw, (modes, noise), batch_size=256), modes
+        means, scales, bases = (jnp.asarray(a, dtype) for a in (self.means, self.scales, self.bases))
+        return _place(means, scales, bases, modes, noise), modes
 
     def _log_weights(self, cond, dtype) -> Array:
         """log w_k given the class: [K], or [B, K] for labels [B]; −inf for the components of other classes."""
@@ -221,9 +212,7 @@ class _Local:
         local = jnp.einsum("bi,kij->bkj", x / self.norm, self.bases, precision="highest")
         self.local = local - self.alpha[..., None] * means
         distance2 = jnp.sum(self.local**2 / self.variance, -1)
-        self.logits = mixture._log_weights(cond, self.work) - 0.5 * (
-            distance2 + jnp.sum(jnp.log(self.variance), -1)
-        )
+        self.logits = mixture._log_weights(cond, self.work) - 0.5 * (distance2 + jnp.sum(jnp.log(self.variance), -1))
 
     def column(self, value: Array) -> Array:
         """A function of time with an axis for the components: [] stays as it is, [B] becomes [B, 1]."""
@@ -237,6 +226,18 @@ class _Local:
         mean = jnp.matmul(posterior, self.means, precision="highest")
         total = mean_weight * mean + jnp.einsum("bkj,kij->bi", pull, self.bases, precision="highest")
         return total.reshape(self.shape).astype(self.dtype)
+
+
+@jax.jit
+def _place(means, scales, bases, modes, noise):
+    """μ_k + U_k √Λ_k z for every mode k [n] and noise z [n, d]."""
+
+    def one(mode_and_noise):
+        mode, z = mode_and_noise
+        return means[mode] + jnp.matmul(bases[mode], jnp.sqrt(scales[mode]) * z, precision="highest")
+
+    # In batches: n gathered bases at once would be [n, d, d].
+    return jax.lax.map(one, (modes, noise), batch_size=256)
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,7 @@ def _check_cond(cond: ArrayLike, num_classes: int) -> Array:
         if not integer or (values.size and (values.min() < -1 or values.max() > num_classes)):
             given = f"{values.min()} to {values.max()}" if integer and values.size else str(values.dtype)
             raise ValueError(
-                f"labels must be integers from 0 to {num_classes - 1}, or {num_classes} or -1 for no class; given {given}"
+                f"labels must be integers from 0 to {num_classes - 1}, or {num_classes} or -1 for no class; "
+                f"given {given}"
             )
     return jnp.asarray(cond)

@@ -173,11 +173,13 @@ class DataPrecondition:
 @dataclass(frozen=True)
 class _Preconditioned:
     graph: nnx.GraphDef
+    params: "_Names"
+    rest: "_Names"
     process: Process
     precondition: Preconditioning
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
-        module = nnx.merge(self.graph, params, rest)
+        module = nnx.merge(self.graph, self.params.state(params), self.rest.state(rest))
         c_skip, c_out, c_in, c_noise = (expand(c, x) for c in self.precondition(self.process, t))
         s_noise = None if s is None else self.precondition(self.process, s)[3]
         rngs = None if key is None else nnx.Rngs(dropout=key)
@@ -185,10 +187,30 @@ class _Preconditioned:
         return c_skip * x + c_out * out.astype(x.dtype)
 
 
+@dataclass(frozen=True)
+class _Names:
+    """Names of the leaves of an NNX state, which nnx.merge would otherwise match by position alone."""
+
+    names: tuple[str, ...]
+    structure: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, state: nnx.State) -> tuple["_Names", dict[str, Array]]:
+        named = {
+            ".".join(str(getattr(k, "key", "")) for k in path).rstrip("."): leaf
+            for path, leaf in jax.tree.leaves_with_path(state)
+        }
+        return cls(tuple(named), jax.tree.structure(state)), named
+
+    def state(self, named: dict[str, Array]) -> nnx.State:
+        return jax.tree.unflatten(self.structure, [named[name] for name in self.names])
+
+
 def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning) -> Net:
     """A Net from an NNX module called as module(x, c_noise, cond, s_noise, rngs=rngs) -> F, of x's shape.
 
-    The module is split once; from here on only jax transformations are used.
+    The module is split once; from here on only jax transformations are used. params are a flat dictionary by path,
+    "blocks.0.expand.kernel".
     Raises ValueError where the network's output does not determine x0, as ε where α = 0.
     """
     ends = jnp.asarray([process.t_min, process.t_max])
@@ -199,8 +221,9 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
             f"sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network instead "
             "(VPrecondition, DataPrecondition), or end the process before this time"
         )
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-    return Net(params, rest, _Preconditioned(graph, process, precondition))
+    graph, params_state, rest_state = nnx.split(module, nnx.Param, ...)
+    (params_names, params), (rest_names, rest) = _Names.of(params_state), _Names.of(rest_state)
+    return Net(params, rest, _Preconditioned(graph, params_names, rest_names, process, precondition))
 
 
 @dataclass(frozen=True)

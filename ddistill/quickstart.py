@@ -13,11 +13,11 @@ def experiment() -> Experiment:
         network=MLPNetwork(width=256, blocks=4),
         teacher=Teacher(
             method=Denoising(times=LogNormal(-0.8, 1.4)),
-            steps=3000,
-            optimizer=Optimizer(learning_rate=1e-3),
+            steps=4000,
+            optimizer=Optimizer(learning_rate=4e-3),
         ),
-        method=Consistency(),
-        optimizer=Optimizer(learning_rate=5e-4),
+        method=Consistency(growth_steps=3000),
         steps=3000,
-        batch_size=256,
+        optimizer=Optimizer(learning_rate=1e-3),
+        batch_size=128,
     )

@@ -63,6 +63,8 @@ def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
             raise ValueError(
                 f"a batch of {np.shape(array)[0]} does not split over {here} devices: take a multiple of {here}"
             )
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
     return jax.tree.map(put, batch)

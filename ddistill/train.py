@@ -1,7 +1,7 @@
 """The train step: any number of networks, one optax transformation each, in one jitted and sharded function."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def make_trainer(
             grad, info = _gradient(loss, state.params[name], batch, key, accumulate)
             updates, opt[name] = guarded[name].update(grad, state.opt[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
-            metrics |= {f"{name}/{k}": v for k, v in info.items()} | {f"{name}/grad_norm": optax.global_norm(grad)}
+            metrics |= {f"{name}/{k}": v for k, v in info.items()} | {f"{name}/grad_norm": optax.tree.norm(grad)}
         for name, (source, decay) in method.ema.items():
             if source in turn:
                 ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - decay)

@@ -11,7 +11,7 @@ def experiment() -> Experiment:
     return dataclasses.replace(
         quickstart.experiment(),
         name="digits_kd",
-        method=KD(pairs=40_000, teacher_steps=35),
+        method=KD(pairs=40_000, teacher_steps=32),
         optimizer=Optimizer(learning_rate=1e-3),
         steps=6000,
     )

@@ -10,7 +10,8 @@ on which x/α is a smooth function of ρ² with derivative ½ score: there Φ is
 
     x_s/α_s = x̄ + ½ (1 − ρ_s²/ρ_e²)(D − x̄) + O((ρ_e/c)⁴)        x̄ = x/α at ρ_e, c the smallest width of the data
 
-(for a Gaussian of width c a relative error of ⅛ (ρ_e/c)⁴; plain denoising, D itself, would be off by ½ (ρ_e/c)²).
+(for a Gaussian of width c relative errors of ⅛ (ρ_e/c)⁴ downwards and, with D at the other end, −⅜ (ρ_e/c)⁴ upwards;
+plain denoising, D itself, would be off by ½ (ρ_e/c)²).
 """
 
 import functools
@@ -42,13 +43,13 @@ def flow_map(
 
     denoise(x, t) -> E[x0 | x_t = x] may be a function or a callable pytree such as a bound `Net`; t and s are [] or [B]
     in [0, t_max], and denoise sees times of the same shape. The local error is held below atol + rtol |y| in
-    root-mean-square over the coordinates of *each* sample, y = x/√(α² + σ²); by default both are 1e-5 (1e-10 for
-    float64). Below the noise-to-signal ratio rho_min, in particular at σ = 0, the map is closed by its expansion (see the
-    module), so denoise is evaluated no lower than there: for a network that is not trained so far down give ρ(t_min).
+    root-mean-square over the coordinates of *each* sample, y = x/√(α² + σ²); by default both are 1e-5, or 1e-10 in
+    float64. Where the noise-to-signal ratio is below rho_min, σ = 0 above all, the map is closed by the module's
+    expansion and denoise is not evaluated: for a network that was not trained so far down give ρ(t_min).
 
-    The solver is Dormand and Prince's of order 8 in float64 and Tsitouras' of order 5 in float32. Differentiable in x
-    and in the leaves of denoise. Raises ValueError for times outside the process and RuntimeError if the solver
-    cannot hold the tolerance in max_steps steps; under jit the result is then NaN.
+    The solver is Dormand and Prince's of order 8 in float64 and Tsitouras' of order 5 in float32, with one step size
+    for the batch. Differentiable in reverse mode. Raises ValueError for times outside the process and RuntimeError if
+    the solver cannot hold the tolerance in max_steps steps; under a caller's jit the result is then NaN instead.
     """
     process.check_times(t, "flow map from time")
     process.check_times(s, "flow map to time")
@@ -84,10 +85,11 @@ def _compiled():
 
 
 def _explain(result, max_steps: int) -> str:
-    import diffrax
+    from diffrax import RESULTS
 
+    words = RESULTS[result]  # type: ignore
     return (
-        f"{diffrax.RESULTS[result]} It had max_steps={max_steps}; "
+        f"{words} It had max_steps={max_steps}; "
         "check that x and what denoise answers are finite, or loosen rtol and atol"
     )
 

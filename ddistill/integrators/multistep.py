@@ -16,7 +16,7 @@ grids are not checked: their nodes must differ, except for first-order methods, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from ddistill.process import Process, safe_divide
 
 
 class Steps(NamedTuple):
-    """The process at both ends of all steps, t → s, each [N] or [N, B]; lam is λ at the nodes, [N + 1] or [N + 1, B]."""
+    """The process at both ends of all steps, t → s, each [N] or [N, B]; lam is λ at all nodes, [N + 1, …]."""
 
     t: Array
     s: Array
@@ -65,12 +65,12 @@ def ddim(
     for rectified flow and EDM. With eta = 1 it is `ddpm`.
     """
     nodes = check_grid(process, grid, x, descending=eta != 0)
+    keys = step_keys(key, len(nodes) - 1, "ddim with eta > 0") if eta else None
     st = steps_of(process, nodes)
-    if eta == 0:
+    if not eta:
         return linear(denoise, process, nodes, x, _first_order(st))
     std = eta * st.sigma_s * jnp.sqrt(jnp.clip(1 - st.decay**2, 0.0))
     a = safe_divide(jnp.sqrt(jnp.clip(st.sigma_s**2 - std**2, 0.0)), st.sigma_t)
-    keys = step_keys(key, len(st.t), "ddim with eta > 0")
     return linear(denoise, process, nodes, x, Linear(a, (st.alpha_s - a * st.alpha_t,), std), keys)
 
 
@@ -83,14 +83,8 @@ def ddpm(
     large"), between them Improved DDPM's interpolation (Nichol & Dhariwal 2021, eq. 15). A step to σ = 0 draws none.
     """
     nodes = check_grid(process, grid, x, descending=True)
-    return linear(
-        denoise,
-        process,
-        nodes,
-        x,
-        ancestral(steps_of(process, nodes), variance),
-        step_keys(key, len(nodes) - 1, "ddpm"),
-    )
+    keys = step_keys(key, len(nodes) - 1, "ddpm")
+    return linear(denoise, process, nodes, x, ancestral(steps_of(process, nodes), variance), keys)
 
 
 def ancestral(st: Steps, variance: float = 0.0) -> Linear:
@@ -132,9 +126,8 @@ def sde_dpmpp_2m(
 ) -> Solution:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, app. B), weak order two; eta = 0 is `dpmpp_2m`, whose options it has."""
     nodes = check_grid(process, grid, x, descending=eta != 0)
-    rule = _sde_2m(process, nodes, eta, heun, lower_order_final)
-    keys = None if eta == 0 else step_keys(key, len(nodes) - 1, "sde_dpmpp_2m with eta > 0")
-    return linear(denoise, process, nodes, x, rule, keys)
+    keys = step_keys(key, len(nodes) - 1, "sde_dpmpp_2m with eta > 0") if eta else None
+    return linear(denoise, process, nodes, x, _sde_2m(process, nodes, eta, heun, lower_order_final), keys)
 
 
 def _sde_2m(process: Process, nodes: Array, eta: float, heun: bool, lower_order_final: bool) -> Linear:
@@ -172,7 +165,8 @@ def dpmpp_3m(
     phi1, phi2, phi3 = st.decay - 1, h * phi(2, -h), -h * phi(3, -h)
     r0, r1 = h1 / h, h2 / h
     # D1_0 = (m_i − m_{i−1})/r0, D1_1 = (m_{i−1} − m_{i−2})/r1 as coefficients of (m_i, m_{i−1}, m_{i−2})
-    d10, d11 = (1 / r0, -1 / r0, 0.0), (0.0, 1 / r1, -1 / r1)
+    zero = jnp.zeros_like(h)
+    d10, d11 = (1 / r0, -1 / r0, zero), (zero, 1 / r1, -1 / r1)
     d1 = [p + r0 / (r0 + r1) * (p - q) for p, q in zip(d10, d11, strict=True)]
     d2 = [kappa * (p - q) / (r0 + r1) for p, q in zip(d10, d11, strict=True)]
     third = [st.alpha_s * (phi2 * p - phi3 * q) for p, q in zip(d1, d2, strict=True)]
@@ -208,7 +202,8 @@ def deis(
         u, kernel = process.rho(nodes), lambda v: st.alpha_s
     orders = _orders(u, order, lower_order_final and len(st.t) < 15)
     first = _first_order(st)
-    a, b = first.a, [first.b]
+    a = first.a
+    b: list[Sequence[Array]] = [first.b]
     for p in range(2, order + 1):
         c = _adams(u[:-1], u[1:], [_past(u[:-1], j) for j in range(p)], kernel)
         # (α_s/α_t) x + c_0 ε̂_i + …, with ε̂_i = (x − α_t x̂0)/σ_t
@@ -263,8 +258,8 @@ def _unip(process: Process, nodes: Array, order: int, bh1: bool, lower: bool) ->
     first = _first_order(st)
     minus_b = jnp.where(jnp.isfinite(st.h), st.h, 1.0) if bh1 else 1 - st.decay
     half = 0.5 * st.alpha_s * minus_b
-    predictors = [first.b, _slope_half(st, minus_b)]
-    correctors = [(half, first.b[0] - half)]
+    predictors: list[Sequence[Array]] = [first.b, _slope_half(st, minus_b)]
+    correctors: list[Sequence[Array]] = [(half, first.b[0] - half)]
     past = [_past(st.lam[:-1], j) for j in range(order)]
 
     def kernel(v):  # σ_s d(1/ρ)

@@ -38,8 +38,8 @@ class Linear(NamedTuple):
 def check_grid(process: Process, grid: Array, x: Array, *, descending: bool = False) -> Array:
     """Return the nodes as floats of at least x's and single precision.
 
-    grid: [N + 1], or [N + 1, B] with own nodes for each sample. Raises ValueError for other shapes and, where its values
-    are concrete, for times outside the process and for nodes that are not strictly monotone (decreasing, if asked).
+    grid: [N + 1], or [N + 1, B] with own nodes for each sample. Raises ValueError for other shapes and, where its
+    values are concrete, for times outside the process and for nodes not strictly monotone (decreasing, if asked).
     """
     grid = grid if isinstance(grid, Array) else np.asarray(grid)
     if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1] != x.shape[0]):
@@ -78,13 +78,12 @@ def linear(
     *,
     corrector: Linear | None = None,
     past_eps: bool = False,
-    past: Sequence[Array] | None = None,
 ) -> Solution:
     """Run a linear method over checked nodes [N + 1] or [N + 1, B], one evaluation per step.
 
     m_i is the x0 estimate at node i, and the earlier m the x0 estimates there, or the ε estimates if past_eps. A
     corrector replaces x_i by A_i x_{i−1} + Σ_j B_ij m_{i−j}, m_i evaluated at the prediction and not again (its entry
-    0 is not used). `past` gives m_{−1}, m_{−2}, … where the trajectory before the first node is known.
+    0 is not used).
     """
 
     def combine(a, x, weights, values):
@@ -108,7 +107,7 @@ def linear(
         return (x if correction is not None else None, after.astype(x.dtype), past, nfe + 1), None
 
     memory = max(len(predictor.b), len(corrector.b) if corrector else 0) - 1
-    past = tuple(jnp.zeros_like(x) for _ in range(memory)) if past is None else tuple(past)
+    past = tuple(jnp.zeros_like(x) for _ in range(memory))
     first = np.arange(len(nodes) - 1) == 0
     steps = (nodes[:-1], predictor, corrector, keys if predictor.c is not None else None, first)
     carry = (x if corrector else None, x, past, jnp.int32(0))

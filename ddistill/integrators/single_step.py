@@ -37,7 +37,7 @@ def heun(
 ) -> Solution:
     """Second-order Runge–Kutta in t, EDM's deterministic sampler (Karras et al. 2022, alg. 1 and app. D.2).
 
-    mid: where in the step the second evaluation lies, 1 for Heun, 2/3 for Ralston, 1/2 for the midpoint. 2N evaluations,
+    mid: place of the second evaluation in the step, 1 for Heun, 2/3 for Ralston, 1/2 for the midpoint. 2N evaluations,
     2N − 1 on a grid that ends at σ = 0. For Heun in ρ on another process, retime the network to EDM.
     """
     nodes = check_grid(process, grid, x)
@@ -78,7 +78,7 @@ def rk4(denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | 
 def dpm_solver_2(
     denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None, *, r: float = 0.5
 ) -> Solution:
-    """DPM-Solver-2 (Lu et al. 2022, alg. 4; noise prediction), second order, two evaluations; r places the second."""
+    """DPM-Solver-2 (Lu et al. 2022, alg. 4; noise prediction), second order, two evaluations, the second at r."""
 
     def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
@@ -102,7 +102,7 @@ def dpm_solver_3(
     r1: float = 1 / 3,
     r2: float = 2 / 3,
 ) -> Solution:
-    """DPM-Solver-3 (Lu et al. 2022, alg. 5; noise prediction), third order, three evaluations; r2 is 2/3 for order 3."""
+    """DPM-Solver-3 (Lu et al. 2022, alg. 5; noise prediction), third order for r2 = 2/3, three evaluations."""
 
     def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
@@ -123,7 +123,7 @@ def dpm_solver_3(
 def dpmpp_2s(
     denoise: Denoise, process: Process, grid: Array, x: Array, key: Array | None = None, *, r: float = 0.5
 ) -> Solution:
-    """DPM-Solver++(2S) (Lu et al. 2022b, alg. 1; data prediction), second order, two evaluations; r places the second."""
+    """DPM-Solver++(2S) (Lu et al. 2022b, alg. 1; data prediction), second order, two evaluations, the second at r."""
 
     def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr
@@ -146,7 +146,7 @@ def dpmpp_3s(
     r1: float = 1 / 3,
     r2: float = 2 / 3,
 ) -> Solution:
-    """DPM-Solver++(3S) (Lu et al. 2022b; data prediction), third order, three evaluations; r2 is 2/3 for order 3."""
+    """DPM-Solver++(3S) (Lu et al. 2022b; data prediction), third order for r2 = 2/3, three evaluations."""
 
     def jump(denoise, x, x0, t, s):
         alpha, sigma, lam = _alpha(process, x), _sigma(process, x), process.half_log_snr

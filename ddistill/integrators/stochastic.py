@@ -22,6 +22,7 @@ def euler_maruyama(denoise: Denoise, process: Process, grid: Array, x: Array, ke
     From α = 0, where f and g are infinite, the step is DDPM's; a step to σ = 0 returns its mean.
     """
     nodes = check_grid(process, grid, x, descending=True)
+    keys = step_keys(key, len(nodes) - 1, "euler_maruyama")
     st = steps_of(process, nodes)
     step, f = st.t - st.s, process.alpha_prime(st.t) / st.alpha_t
     g2 = 2 * st.sigma_t * process.sigma_prime(st.t) - 2 * f * st.sigma_t**2
@@ -29,7 +30,7 @@ def euler_maruyama(denoise: Denoise, process: Process, grid: Array, x: Array, ke
     pull = step * g2 / st.sigma_t**2
     std = jnp.where(st.sigma_s == 0, 0.0, jnp.sqrt(step * g2))
     rule = _from_noise(st, Linear(1 - step * f - pull, (pull * st.alpha_t,), std))
-    return linear(denoise, process, nodes, x, rule, step_keys(key, len(st.t), "euler_maruyama"))
+    return linear(denoise, process, nodes, x, rule, keys)
 
 
 def heun_churn(
@@ -48,26 +49,24 @@ def heun_churn(
     """EDM's stochastic sampler (Karras et al. 2022, alg. 2): noise is raised by a factor 1 + γ, then a `heun` step.
 
     γ = min(churn/N, √2 − 1) where ρ lies in [churn_min, churn_max] (S_churn, S_min, S_max; those of ImageNet-64 by
-    default), else 0; noise_scale is S_noise. On processes with α ≠ 1 it is ρ = σ/α that is raised. γ is O(1/N), so the
-    weak order is two. churn = 0 is `heun`.
+    default), else 0; noise_scale is S_noise. On processes with α ≠ 1 it is ρ = σ/α that is raised, on all at most to
+    that of t_max. γ is O(1/N), so the weak order is two. churn = 0 is `heun`.
     """
     nodes = check_grid(process, grid, x, descending=True)
     n = len(nodes) - 1
+    keys = step_keys(key, n, "heun_churn")
     most = min(churn / n, 2**0.5 - 1)
 
     def lift(x, t, key):
-        rho = jnp.exp(-process.half_log_snr(t))
-        inside = (rho >= churn_min) & (rho <= churn_max)
-        raised = process.time_of(process.half_log_snr(t) - jnp.log1p(most))
-        t_hat = jnp.where(inside, jnp.maximum(raised, t), t)
+        lam = process.half_log_snr(t)
+        raised = jnp.minimum(process.time_of(lam - jnp.log1p(most)), process.t_max)
+        inside = (jnp.exp(-lam) >= churn_min) & (jnp.exp(-lam) <= churn_max) & (raised > t)
+        low, high = jnp.where(inside, t, 0.5 * process.t_max), jnp.where(inside, raised, 0.5 * process.t_max)
         noise = noise_scale * jax.random.normal(key, x.shape, x.dtype)
-        return process.renoise(x, noise, t, t_hat), t_hat
+        return jnp.where(expand(inside, x), process.renoise(x, noise, low, high), x), jnp.where(inside, raised, t)
 
-    def simple(x, x0, t, s):
-        return x + expand(s - t, x) * process.velocity(x0, x, t)
-
-    keys = step_keys(key, n, "heun_churn")
-    return single_step(denoise, process, nodes, x, heun_jump(denoise, process, mid), simple, 2, lift=lift, keys=keys)
+    jump, simple = heun_jump(process, mid), euler_jump(process)
+    return single_step(denoise, process, nodes, x, jump, simple, 2, lift=lift, keys=keys)
 
 
 def reverse_diffusion(st: Steps) -> Linear:
@@ -96,24 +95,25 @@ def predictor_corrector(
 ) -> Solution:
     """Langevin corrections at each node, then a predictor to the next (Song et al. 2021, alg. 2 to 5).
 
-    predictor: `reverse_diffusion` or `ancestral`, coefficients of a first-order method. snr: signal-to-noise ratio of a
-    correction, which steps by 2 (α_t/α_s)² (snr ‖z‖/‖score‖)², norms averaged over the batch (of the device, under pmap);
-    so at α = 0 none happens. A step to σ = 0 returns its mean. (corrections + 1) N evaluations.
+    predictor: `reverse_diffusion` or `ancestral`, coefficients of a first-order method. snr: signal-to-noise ratio of
+    a correction, which steps by 2 (α_t/α_s)² (snr ‖z‖/‖score‖)², norms averaged over the batch (of the device, under
+    pmap); so at α = 0 none happens. A step to σ = 0 returns its mean. (corrections + 1) N evaluations.
     """
     nodes = check_grid(process, grid, x, descending=True)
+    keys = step_keys(key, len(nodes) - 1, "predictor_corrector")
     st = steps_of(process, nodes)
     rule = predictor(st)
-    keys = step_keys(key, len(st.t), "predictor_corrector")
 
     def body(carry, step):
         x, nfe = carry
         t, scale, rule, key = step
-        for z_key in jax.random.split(key, corrections + 1)[1:]:
+        key, *others = jax.random.split(key, corrections + 1)
+        for z_key in others:
             z = jax.random.normal(z_key, x.shape, x.dtype)
             score = process.score(denoise(x, per_sample(t, x)), x, t)
             root = scale * snr * _norm(z) / _norm(score)  # √(ε/2) of the step ε
             x = (x + expand(2 * root**2, x) * score + expand(2 * root, x) * z).astype(x.dtype)
-        z = jax.random.normal(jax.random.split(key, corrections + 1)[0], x.shape, x.dtype)
+        z = jax.random.normal(key, x.shape, x.dtype)
         x0 = denoise(x, per_sample(t, x))
         after = expand(rule.a, x) * x + expand(rule.b[0], x) * x0 + expand(rule.c, x) * z
         return (after.astype(x.dtype), nfe + corrections + 1), None

@@ -22,13 +22,15 @@ class Consistency:
     ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of `growth_steps` steps (Song & Dhariwal 2023,
     sec. 3.4; equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
     target θ⁻ is the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic
-    one-step integrator.
+    integrator, taking solver_steps steps per interval.
     """
 
     intervals: int = 10
     max_intervals: int = 160
     growth_steps: int = 3000
     solver: Callable = heun
+    solver_steps: int = 1
+    between: bool = True
     distance: Distance = field(default_factory=PseudoHuber)
     weighted: bool = True
     target_ema: float = 0.0
@@ -43,10 +45,12 @@ class Consistency:
             x0, cond = batch["x"], batch.get("cond")
             k_n, k_noise, k_net = jax.random.split(key, 3)
             n = self.number_of_intervals(step)
-            i = jnp.floor(jax.random.uniform(k_n, x0.shape[:1]) * n)
+            i = jax.random.uniform(k_n, x0.shape[:1]) * n
+            i = jnp.minimum(i, n - 1) if self.between else jnp.floor(i)
             t, s = self.node(process, i, n), self.node(process, i + 1, n)
             x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
-            x_s = self.solver(nets["teacher"].bind(cond), process, jnp.stack([t, s]), x_t).x
+            nodes = jnp.stack([self.node(process, i + k / self.solver_steps, n) for k in range(self.solver_steps)] + [s])
+            x_s = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
             # One key for both branches: dropout must not differ between them.
             f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
             f_s = frozen(nets[target]).jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ddistill.networks.embedding import Fourier
+from ddistill.networks.embedding import Fourier, Waves
 
 
 class MLP(nnx.Module):
-    """Residual MLP: width → blocks of (normalise, modulate by the embedding, SiLU, linear) → x's shape.
+    """Residual MLP on x and random waves of x: blocks of (normalise, linear, modulate by the embedding, SiLU, linear).
 
     x: [B, ...] with `size` values per sample; c_noise and s_noise: [B]; cond: labels [B] in 0 … num_classes, where
     num_classes is "no label". The embedding of s is initialised to nothing (a zero linear map), so that a student
@@ -28,14 +28,16 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         zeros = nnx.initializers.zeros_init()
+        inner = width // 2
         self.size, self.num_classes = size, num_classes
         self.fourier = Fourier(64)
-        self.time = nnx.Linear(64, width, rngs=rngs)
-        self.target = nnx.Linear(64, width, use_bias=False, kernel_init=zeros, rngs=rngs)
-        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs) if num_classes else None
-        self.embed = nnx.Linear(width, width, rngs=rngs)
-        self.inward = nnx.Linear(size, width, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(width, dropout, dtype, rngs=rngs) for _ in range(blocks)])
+        self.time = nnx.Linear(64, inner, rngs=rngs)
+        self.target = nnx.Linear(64, inner, use_bias=False, kernel_init=zeros, rngs=rngs)
+        self.label = nnx.Embed(num_classes + 1, inner, rngs=rngs) if num_classes else None
+        self.embed = nnx.Linear(inner, inner, rngs=rngs)
+        self.waves = Waves(size, width // 4)
+        self.inward = nnx.Linear(size + 2 * (width // 4), width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(width, inner, dropout, dtype, rngs=rngs) for _ in range(blocks)])
         self.outward = nnx.Linear(width, size, kernel_init=zeros, rngs=rngs)
 
     def __call__(
@@ -57,25 +59,26 @@ class MLP(nnx.Module):
             none = jnp.full(x.shape[:1], self.num_classes)
             h = h + self.label(none if cond is None else jnp.clip(cond, 0, self.num_classes))
         h = jax.nn.silu(self.embed(jax.nn.silu(h)))
-        y = self.inward(x.reshape(x.shape[0], self.size))
+        flat = x.reshape(x.shape[0], self.size)
+        y = self.inward(jnp.concatenate([flat, self.waves(flat)], axis=-1))
         for block in self.blocks:
             y = block(y, h, rngs=rngs)
         return self.outward(y.astype(jnp.float32)).reshape(x.shape)
 
 
 class Block(nnx.Module):
-    """y + W₂ silu(W₁ (scale · norm(y) + shift)), the modulation read from the embedding; W₂ starts at 0."""
+    """y + W₂ silu(scale · W₁ norm(y) + shift), scale and shift read from the embedding; W₂ starts at 0."""
 
-    def __init__(self, width: int, dropout: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, inner: int, dropout: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
-        self.norm = nnx.LayerNorm(width, use_bias=False, use_scale=False, dtype=jnp.float32, rngs=rngs)
-        self.modulation = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.expand = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(width, use_scale=False, dtype=jnp.float32, rngs=rngs)
+        self.modulation = nnx.Linear(inner, 2 * width, rngs=rngs)
+        self.expand = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
         self.contract = nnx.Linear(width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, y: Array, h: Array, *, rngs: nnx.Rngs | None) -> Array:
-        """y, h: [B, width] -> [B, width]."""
+        """y: [B, width], h: [B, inner] -> [B, width]."""
         scale, shift = jnp.split(self.modulation(h), 2, axis=-1)
-        z = jax.nn.silu(self.expand(self.norm(y) * (1 + scale) + shift))
+        z = jax.nn.silu(self.expand(self.norm(y)) * (1 + scale) + shift)
         return y + self.contract(self.dropout(z, deterministic=rngs is None, rngs=rngs))

@@ -1,0 +1,205 @@
+"""Consistency distillation where everything is linear: data N(0, c²), exact map f(x, t) = x c/√(c² + t²)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddistill import grids
+from ddistill.integrators import Solution, ddim, euler, heun
+from ddistill.losses.distances import L1, L2, Perceptual, PseudoHuber
+from ddistill.methods import Consistency
+from ddistill.methods.consistency import renoising_times
+from ddistill.net import Net
+from ddistill.process import edm, flow, trig, vp
+from ddistill.sample import sample
+
+C = 0.5
+SIMPLE = Consistency(intervals=18, max_intervals=18, weighted=False, distance=L2(), between=False)
+
+
+def gaussian_teacher(process):
+    def denoise(params, rest, x, t, cond, *, s, key):
+        alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        return alpha * C**2 * x / (alpha**2 * C**2 + sigma**2)
+
+    return Net({}, {}, denoise)
+
+
+def exact_student(process):
+    def endpoint(params, rest, x, t, cond, *, s, key):
+        alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        return x * C / jnp.sqrt(alpha**2 * C**2 + sigma**2)
+
+    return Net({}, {}, endpoint)
+
+
+def exact_solver(process):
+    def solve(denoise, _, nodes, x):
+        t, s = nodes[0][:, None], nodes[-1][:, None]
+        variance = [process.alpha(u) ** 2 * C**2 + process.sigma(u) ** 2 for u in (t, s)]
+        return Solution(x * jnp.sqrt(variance[1] / variance[0]), 1)
+
+    return solve
+
+
+def loss_of(config, process, student, batch=256, step=0, **nets):
+    loss = config(process).losses["student"]
+    x = C * jax.random.normal(jax.random.key(0), (batch, 2))
+    nets = {"teacher": gaussian_teacher(process), "student": student, **nets}
+    return jax.jit(lambda nets: loss(nets, {"x": x}, jnp.asarray(step), jax.random.key(1))[0])(nets)
+
+
+@pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+@pytest.mark.parametrize("between", [False, True])
+def test_the_exact_map_with_an_exact_solver_has_no_loss(process, between):
+    config = dataclasses.replace(SIMPLE, solver=exact_solver(process), between=between)
+    assert loss_of(config, process, exact_student(process)) < 1e-10
+    doubled = Net({}, {}, lambda *a, **k: 2 * exact_student(process).apply(*a, **k))
+    assert loss_of(config, process, doubled) < 1e-9  # consistent with itself …
+    bent = Net({}, {}, lambda p, r, x, t, c, **k: exact_student(process).apply(p, r, x, t, c, **k) * (1 + 0.1 * t[:, None]))
+    assert loss_of(config, process, bent) > 1e-4  # … and this is not
+
+
+@pytest.mark.parametrize(
+    ("n", "solver", "ratio"), [(18, euler, 0.8461), (40, euler, 0.9297), (18, heun, 1.0553), (40, heun, 1.0098)]
+)
+def test_the_fixed_point_of_a_linear_student_is_the_product_of_the_solvers_factors(n, solver, ratio):
+    process, config = edm(), dataclasses.replace(SIMPLE, intervals=n, max_intervals=n, solver=solver)
+    nodes = np.asarray(grids.karras(process, n))
+    one = solver(gaussian_teacher(process).bind(), process, jnp.asarray(np.stack([nodes[:-1], nodes[1:]])), jnp.ones((n, 1)))
+    slopes = np.append(np.cumprod(np.asarray(one.x[:, 0], np.float64)[::-1])[::-1], 1.0)
+    table = jnp.asarray(slopes[::-1].copy(), jnp.float32), jnp.asarray(nodes[::-1].copy(), jnp.float32)
+    student = Net({}, {}, lambda p, r, x, t, c, **k: x * jnp.interp(t, table[1], table[0])[:, None])
+    assert loss_of(config, process, student) < 1e-10
+    # Against the exact slope c/√(c² + T²): the solver's bias, known in closed form for Euler.
+    assert slopes[0] * np.sqrt(C**2 + 80**2) / C == pytest.approx(ratio, abs=2e-4)
+    if solver is euler:
+        t, s = nodes[:-1], nodes[1:]
+        np.testing.assert_allclose(one.x[:, 0], (C**2 + s * t) / (C**2 + t**2), rtol=1e-4)
+
+
+def test_no_gradient_reaches_the_target():
+    # The solver answers x/2 and the student is a x: loss a² x²/4, gradient a x²/2 · 2 with a stopped target, half without.
+    config = dataclasses.replace(SIMPLE, solver=lambda denoise, process, nodes, x: Solution(x / 2, 1))
+
+    def loss(a):
+        return loss_of(config, edm(), Net({"a": a}, {}, lambda p, r, x, t, c, **k: p["a"] * x))
+
+    value, gradient = jax.value_and_grad(loss)(3.0)
+    np.testing.assert_allclose(gradient / value, 4 / 3.0, rtol=1e-5)
+
+
+def test_the_target_is_the_average_where_one_is_asked_for():
+    config = dataclasses.replace(SIMPLE, target_ema=0.95, solver=lambda d, p, nodes, x: Solution(x, 1))
+    times = {"student": 1.0, "target": 3.0}
+    nets = {n: Net({"a": jnp.asarray(a)}, {}, lambda p, r, x, t, c, **k: p["a"] * x) for n, a in times.items()}
+    student = nets.pop("student")
+    # ‖x − 3x‖² = 4 ‖x‖² against ‖x − 2x‖²: a ratio that the noise does not enter.
+    other = {"target": Net({"a": jnp.asarray(2.0)}, {}, nets["target"].apply)}
+    np.testing.assert_allclose(
+        loss_of(config, edm(), student, **nets) / loss_of(config, edm(), student, **other), 4, rtol=1e-5
+    )
+    assert config(edm()).ema["target"] == ("student", 0.95)
+
+
+def test_the_weight_is_one_over_the_interval():
+    def constant(weighted):
+        config = dataclasses.replace(SIMPLE, weighted=weighted, solver=lambda d, p, nodes, x: Solution(0 * x, 1))
+        unit = Net({}, {}, lambda p, r, x, t, c, **k: jnp.sign(jnp.abs(x).sum(1, keepdims=True)) * jnp.ones_like(x))
+        return loss_of(config, edm(), unit, batch=8192)
+
+    nodes = np.asarray(grids.karras(edm(), 18))
+    np.testing.assert_allclose(constant(False), 1, rtol=1e-6)
+    np.testing.assert_allclose(constant(True), np.mean(1 / -np.diff(nodes)), rtol=0.1)
+
+
+def test_nodes_are_karras_grid_and_n_doubles_on_schedule():
+    config, process = Consistency(intervals=10, max_intervals=160, growth_steps=500), edm()
+    for n in (10, 40):
+        nodes = config.node(process, jnp.arange(n + 1.0), jnp.asarray(float(n)))
+        np.testing.assert_allclose(nodes, grids.karras(process, n), rtol=1e-4)
+    steps = [0, 99, 100, 250, 399, 400, 10_000]
+    assert [int(config.number_of_intervals(jnp.asarray(s))) for s in steps] == [10, 10, 20, 40, 80, 160, 160]
+
+
+def test_distances_in_cases_worked_by_hand():
+    a, b = jnp.asarray([[3.0, 0.0], [0.0, 0.0]]), jnp.asarray([[0.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(L2()(a, b), [12.5, 0])
+    np.testing.assert_allclose(L1()(a, b), [3.5, 0])
+    c = 2.0 * np.sqrt(2)
+    np.testing.assert_allclose(PseudoHuber(2.0)(a, b), [np.sqrt(25 + c**2) - c, 0], rtol=1e-6)
+    small = PseudoHuber(1.0)(a * 1e-4, b * 1e-4)[0]  # ‖Δ‖²/(2c), though float32 loses it in √(‖Δ‖² + c²) − c
+    np.testing.assert_allclose(small, 25e-8 / (2 * np.sqrt(2)), rtol=1e-5)
+    assert np.all(np.isfinite(jax.grad(lambda a: PseudoHuber()(a, b).sum())(b)))
+    features = Perceptual(lambda x: (2 * x, x[:, :1]), pixel=0.5)
+    np.testing.assert_allclose(features(a, b), [0.5 * 12.5 + 4 * 12.5 + 9, 0])
+
+
+def test_renoising_times_start_at_the_noise_and_end_at_the_data():
+    for process in (edm(), flow()):
+        for steps in (1, 2, 4, 8):
+            times = np.asarray(renoising_times(process, steps))
+            assert len(times) == steps + 1 and times[0] == np.float32(process.t_max) and times[-1] == 0
+            assert np.all(np.diff(times) < 0)
+    with pytest.raises(ValueError, match="at least 1 step"):
+        renoising_times(edm(), 0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_sampling_keeps_the_marginals_of_gaussian_data(gamma):
+    # The exact flow map in place of the student: its jump lands on the trajectory at every s.
+    process = edm()
+
+    def toward(params, rest, x, t, cond, *, s, key):
+        t, s = t[:, None], s[:, None]
+        there = x * jnp.sqrt((C**2 + s**2) / (C**2 + t**2))
+        return process.destination(x, t[:, 0], there, s[:, 0])
+
+    times = [80.0, 4.0, 0.8, 0.0]
+    x = 80 * jax.random.normal(jax.random.key(0), (200_000, 1)) * np.sqrt(1 + C**2 / 80**2)
+    solution = sample(Net({}, {}, toward), process, times, x, jax.random.key(1), gamma=gamma)
+    assert int(solution.nfe) == 3
+    assert float(jnp.std(solution.x)) == pytest.approx(C, rel=4 / np.sqrt(400_000))
+
+
+def test_gamma_zero_is_ddim_of_a_teacher_and_gamma_one_the_multistep_sampler():
+    process, teacher = edm(), gaussian_teacher(edm())
+    times, x = [80.0, 3.0, 0.5, 0.0], 80 * jax.random.normal(jax.random.key(0), (6, 2))
+    expected = ddim(teacher.bind(), process, jnp.asarray(times), x).x
+    np.testing.assert_allclose(sample(teacher, process, times, x).x, expected, rtol=1e-5, atol=1e-7)
+
+    key, y = jax.random.key(3), x
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        noise = jax.random.normal(jax.random.fold_in(key, i), y.shape)
+        y = exact_student(process)(y, t) + s * noise
+    np.testing.assert_allclose(sample(exact_student(process), process, times, x, key, gamma=1.0).x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_sampling_forwards_inverts_sampling_backwards():
+    process, student = vp(), None
+
+    def toward(params, rest, x, t, cond, *, s, key):
+        variance = [process.alpha(u) ** 2 * C**2 + process.sigma(u) ** 2 for u in (t, s)]
+        return process.destination(x, t, x * jnp.sqrt(variance[1] / variance[0])[:, None], s)
+
+    student, times = Net({}, {}, toward), [1.0, 0.6, 0.2, 0.05]
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    there = sample(student, process, times, x).x
+    np.testing.assert_allclose(sample(student, process, times[::-1], there).x, x, rtol=1e-3)
+
+
+def test_wrong_sampling_arguments_are_met_with_words():
+    x, student = jnp.zeros((2, 2)), exact_student(edm())
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+        sample(student, edm(), [80, 0], x, gamma=1.5)
+    with pytest.raises(ValueError, match="pass key="):
+        sample(student, edm(), [80, 0], x, gamma=1.0)
+    with pytest.raises(ValueError, match="sampling time 100.* is outside this process"):
+        sample(student, edm(), [100, 0], x)
+    with pytest.raises(ValueError, match="inversion.*need gamma = 0"):
+        sample(student, edm(), [0.1, 80], x, jax.random.key(0), gamma=1.0)
+    with pytest.raises(ValueError, match="at least two times"):
+        sample(student, edm(), [80], x)

@@ -1,0 +1,264 @@
+"""Runs: overrides, work folders, resuming, reading back."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddistill import quickstart
+from ddistill.checkpoint import CheckpointError
+from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, Teacher
+from ddistill.integrators import euler, heun
+from ddistill.log import Silent
+from ddistill.losses.distances import L2, PseudoHuber
+from ddistill.methods import KD, Consistency
+from ddistill.overrides import describe, differences, override
+from ddistill.process import edm
+from ddistill.runs import distil, load_experiment, open_run, read_metrics, stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """64 points of a plane in two classes."""
+
+    classes: int = 2
+
+    def load(self) -> Data:
+        x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) / 2
+        cond = (x[:, 0] > 0).astype(np.int32)
+        return Data({"x": x, "cond": cond} if self.classes else {"x": x}, (2,), self.classes)
+
+
+TINY = Experiment(
+    name="tiny",
+    method=Consistency(intervals=4, max_intervals=8, growth_steps=5, solver=euler),
+    data=Plane(),
+    network=MLPNetwork(width=8, blocks=1),
+    teacher=Teacher(steps=3),
+    steps=5,
+    batch_size=8,
+    log_every=1,
+    checkpoint_every=2,
+)
+
+
+def leaves_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+class Stop(Silent):
+    """A log that kills the run when a stage reaches a step."""
+
+    def __init__(self, stage, step):
+        super().__init__()
+        self.at = stage, step
+
+    def progress(self, step):
+        if (self._stage, step) == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return distil(TINY)
+
+
+def test_every_plain_field_is_a_flag_however_deep():
+    flags = (
+        "--optimizer.learning-rate 3e-4 --steps 7 --method.intervals 20 --network.width 64 --process.t-max 40 "
+        "--method.distance.scale 0.5 --network.precondition.sigma-data 1 --teacher.method.times.std 2 "
+        "--optimizer.no-decay --guidance 2 --name other --data.seed 3"
+    )
+    changed = override(quickstart.experiment(), flags.split(), "test")
+    before = quickstart.experiment()
+    assert changed.optimizer == dataclasses.replace(before.optimizer, learning_rate=3e-4, decay=False)
+    assert (changed.steps, changed.name, changed.guidance, changed.data.seed) == (7, "other", 2.0, 3)
+    assert changed.method == dataclasses.replace(before.method, intervals=20, distance=PseudoHuber(0.5))
+    assert (changed.network.width, changed.network.precondition.sigma_data) == (64, 1.0)
+    assert (changed.process.t_max, changed.process.t_min) == (40.0, before.process.t_min)
+    assert changed.process.schedule == before.process.schedule
+    assert changed.teacher.method.times.std == 2.0
+    assert override(before, [], "test") == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """Fields of all kinds."""
+
+    pair: tuple[int, ...] = (1, 2)
+    maybe: int | None = None
+    call: object = heun
+    bound: object = functools.partial(heun, 3)
+    table: tuple[float, ...] = tuple(range(1000))
+    array: object = dataclasses.field(default_factory=lambda: np.arange(3.0))
+
+
+def test_overrides_of_tuples_and_optional_fields_and_what_stays_fixed(capsys):
+    changed = override(Odd(), ["--pair", "5", "6", "7", "--maybe", "3"], "test")
+    assert (changed.pair, changed.maybe, changed.call) == ((5, 6, 7), 3, heun)
+    for flag in ("--call", "--table", "--array"):
+        with pytest.raises(SystemExit) as exit:
+            override(Odd(), [flag, "1"], "test")
+        assert exit.value.code == 2
+    assert "fixed" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_and_a_wrong_type_get_words(capsys):
+    with pytest.raises(SystemExit) as exit:
+        override(quickstart.experiment(), ["--optimizer.learnign-rate", "1"], "ddistill distill x.py")
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert "--optimizer.learnign-rate" in told and "--optimizer.learning-rate" in told
+    with pytest.raises(SystemExit):
+        override(quickstart.experiment(), ["--steps", "many"], "ddistill distill x.py")
+    assert "many" in capsys.readouterr().err
+
+
+def test_describe_is_json_and_differences_name_the_fields():
+    described = describe(quickstart.experiment())
+    assert json.loads(json.dumps(described)) == described
+    assert described["method"]["solver"].endswith(".heun")
+    assert differences(described, described) == []
+    other = describe(dataclasses.replace(quickstart.experiment(), method=KD(), steps=1))
+    told = "; ".join(differences(described, other))
+    assert "method: ddistill.methods.consistency.Consistency before, ddistill.methods.kd.KD now" in told
+    assert "steps: " in told and "optimizer" not in told
+    assert differences(describe(L2()), describe(PseudoHuber()))
+    odd = describe(Odd())
+    assert odd == describe(Odd()), "no memory addresses"
+    assert odd != describe(Odd(array=np.arange(4.0)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\n", "no function `experiment`"),
+        ("def experiment():\n    return 3\n", "answered int"),
+        ("def experiment():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("def experiment(:\n", "SyntaxError"),
+    ],
+)
+def test_a_wrong_experiment_file_gets_words(tmp_path, text, words):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_experiment(path)
+
+
+def test_a_missing_experiment_file_gets_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; an experiment is a Python file"):
+        load_experiment(tmp_path / "none.py")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_experiment(tmp_path)
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(ValueError, match="not a Python file"):
+        load_experiment(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(("stage", "step"), [("teacher", 1), ("student", 3)])
+def test_an_interrupted_run_resumes_to_exactly_the_uninterrupted_one(tmp_path, whole, stage, step):
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path, Stop(stage, step))
+    resumed = distil(TINY, tmp_path, Silent())
+    assert leaves_equal(resumed.student, whole.student) and leaves_equal(resumed.teacher, whole.teacher)
+
+
+def test_resuming_goes_on_from_the_checkpoint_and_a_finished_run_trains_no_more(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path, Stop("student", 4))
+    log = Silent()
+    distil(TINY, tmp_path, log)
+    assert [(row["stage"], row["step"]) for row in log.rows] == [("student", s) for s in (3, 4, 5)]
+    log = Silent()
+    distil(TINY, tmp_path, log)
+    assert log.rows == []
+
+
+def test_a_run_is_read_back_without_training(tmp_path, whole):
+    distil(TINY, tmp_path)
+    opened = open_run(tmp_path, TINY)
+    assert leaves_equal(opened.student, whole.student) and leaves_equal(opened.teacher, whole.teacher)
+    assert not leaves_equal(opened.student, opened.teacher)
+    metrics = read_metrics(tmp_path)
+    assert [row["step"] for row in metrics["teacher"]] == [1, 2, 3]
+    assert all(np.isfinite(row["student/loss"]) for row in metrics["student"])
+    with pytest.raises(FileNotFoundError, match="pass the experiment"):
+        open_run(tmp_path)
+    with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
+        open_run(tmp_path, dataclasses.replace(TINY, seed=1))
+
+
+def test_metrics_of_repeated_steps_are_read_once_and_a_torn_line_not_at_all(tmp_path):
+    rows = [{"stage": "a", "step": s, "loss": v} for s, v in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 2.5), (3, 3.5))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "a", "st')
+    assert [row["loss"] for row in read_metrics(tmp_path)["a"]] == [1.0, 2.5, 3.5]
+
+
+def test_an_unfinished_run_and_a_folder_that_is_none_get_words(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path / "run", Stop("student", 3))
+    with pytest.raises(CheckpointError, match="unfinished: 2 of 5 steps of stage 'student'"):
+        open_run(tmp_path / "run", TINY)
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        open_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_run(tmp_path / "nothing")
+
+
+def test_a_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path, Stop("teacher", 1))
+    before = (tmp_path / "experiment.json").read_text()
+    other = dataclasses.replace(TINY, steps=6, optimizer=Optimizer(learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 before, 0.5 now.*new folder") as error:
+        distil(other, tmp_path, Silent())
+    assert "steps: 5 before, 6 now" in str(error.value) and "warmup" not in str(error.value)
+    assert (tmp_path / "experiment.json").read_text() == before
+
+
+def test_a_folder_with_other_files_and_one_that_cannot_be_written_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"holds thesis.tex.*new or an empty folder"):
+        distil(TINY, tmp_path, Silent())
+    with pytest.raises(OSError, match="cannot write to the work folder"):
+        distil(TINY, tmp_path / "thesis.tex" / "run", Silent())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "experiment.json").write_text("{")
+    with pytest.raises(ValueError, match="no record of a run"):
+        distil(TINY, tmp_path / "damaged", Silent())
+
+
+def test_the_students_stage_sees_the_guided_teacher_and_trains_without_dropped_labels():
+    data = TINY.data.load()
+    teacher_stage, student_stage = stages(dataclasses.replace(TINY, guidance=3.0), data)
+    net = TINY.network.build(data, TINY.process, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    net = net.replace(params=jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), net.params))
+    x, t, cond = np.ones((4, 2), np.float32), 0.5, np.array([0, 1, 0, 1], np.int32)
+    with_label, without = net(x, t, cond), net(x, t, np.full(4, 2, np.int32))
+    assert not np.allclose(with_label, without)
+    np.testing.assert_allclose(student_stage.guide(net)(x, t, cond), without + 3 * (with_label - without), rtol=1e-5)
+    assert teacher_stage.guide(net) is net
+    assert any((teacher_stage.source(net)(i)["cond"] == 2).any() for i in range(20))
+    assert not any((student_stage.source(net)(i)["cond"] == 2).any() for i in range(20))
+    with pytest.raises(ValueError, match=r"guidance = 3\.0 needs classes"):
+        stages(dataclasses.replace(TINY, guidance=3.0), Plane(classes=0).load())
+
+
+def test_pairs_for_a_method_that_learns_from_them_are_trajectories_of_the_guided_teacher():
+    e = dataclasses.replace(TINY, method=KD(pairs=16, teacher_steps=6), guidance=2.0, batch_size=16)
+    data = e.data.load()
+    net = e.network.build(data, e.process, jax.random.key(0))
+    _, student_stage = stages(e, data)
+    batch = student_stage.source(net)(0)
+    assert set(batch) == {"noise", "x", "cond"} and set(batch["cond"]) == {0, 1}
+    # An untrained network answers c_skip x, for which the ODE ends at x_T s / sqrt(T² + s²), s = sigma_data.
+    expected = batch["noise"] * 0.5 / np.hypot(edm().t_max, 0.5)
+    assert np.max(np.abs(batch["x"] - expected)) < 0.2 * np.max(np.abs(expected))
+    given = dataclasses.replace(data, arrays={**data.arrays, "noise": data.arrays["x"] + 1})
+    batch = stages(e, given)[1].source(net)(0)
+    np.testing.assert_array_equal(batch["noise"], batch["x"] + 1)
