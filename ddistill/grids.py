@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddistill.process import DiscreteVP, Process, flow_shift
+from ddistill.process import LARGEST_RHO, DiscreteVP, Process, flow_shift
 
 
 def karras(
@@ -28,7 +28,8 @@ def karras(
 
     Returns [n + 1] times: n of them from start (t_max) to end (t_min), then final, by default the data; for n = 1 start
     and final. With final=None all n + 1 lie from start to end, the training grid of consistency models.
-    Raises ValueError for n < 1, rho ≤ 0, or ends of infinite or zero ρ.
+    Raises ValueError for n < 1, rho ≤ 0, or an end of zero ρ. Where ρ is infinite at the start the ramp begins at
+    ρ = 1000.
     """
     _positive(rho, "rho")
 
@@ -170,11 +171,11 @@ def _by_rho(process, n, ramp, final, start, end):
     append = final is not None and final < end
     with jax.ensure_compile_time_eval():  # nodes stay concrete when a grid is made inside jit
         high, low = (float(process.rho(jnp.asarray(t))) for t in (start, end))
-        if not (math.isfinite(high) and low > 0):
+        if not low > 0:
             raise ValueError(
-                f"noise-to-signal ratio is {high:g} at start {start:g} and {low:g} at end {end:g}: a grid in ρ needs "
-                "both finite and above 0, so give a start below t_max or an end above 0"
+                f"noise-to-signal ratio is {low:g} at end {end:g}: a grid in ρ needs it above 0, so give an end above 0"
             )
+        high = high if math.isfinite(high) else LARGEST_RHO  # the first node is `start` itself all the same
         inner = n - 1 if append else n
         rho = ramp(np.linspace(0.0, 1.0, inner + 1) if inner else np.zeros(1), high, low)
         nodes = np.asarray(process.time_of(-np.log(rho)), np.float64)

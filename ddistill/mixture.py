@@ -9,6 +9,8 @@ V_k = α² Λ_k + σ². With y_k = U_kᵀ(x − α μ_k) and the posterior r_k(x
 All of it is computed on x/√(α² + σ²), where every number is of order one at every time, α = 0 and σ = 0 included.
 """
 
+import dataclasses
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,6 +118,14 @@ class Mixture:
                 return cls.from_covariances(**arrays)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+
+    def standardised(self, rms: float) -> "Mixture":
+        """The mixture moved to mean 0 and scaled by one factor to root-mean-square `rms` per coordinate."""
+        weights, means = np.asarray(self.weights, np.float64), np.asarray(self.means, np.float64)
+        means = means - weights @ means
+        power = weights @ (np.sum(means**2, axis=1) + np.sum(self.scales, axis=1)) / means.shape[1]
+        factor = rms / math.sqrt(power)
+        return dataclasses.replace(self, means=means * factor, scales=np.asarray(self.scales) * factor**2)
 
     @property
     def K(self) -> int:
@@ -237,7 +247,7 @@ def _place(means, scales, bases, modes, noise):
         return means[mode] + jnp.matmul(bases[mode], jnp.sqrt(scales[mode]) * z, precision="highest")
 
     # In batches: n gathered bases at once would be [n, d, d].
-    return jax.lax.map(one, (modes, noise), batch_size=256)
+    return jax.lax.map(one, (modes, noise), batch_size=max(256, 2**20 // means.shape[1] ** 2))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ddistill.process import Process, expand, safe_divide
+from ddistill.process import LARGEST_RHO, Process, expand, safe_divide
 
 PyTree = Any
 
@@ -87,8 +87,8 @@ class Preconditioning(Protocol):
 
 
 def log_noise(process: Process, t: Array) -> Array:
-    """¼ log ρ, EDM's c_noise, bounded to ±2.5 so that it is finite where σ or α is 0."""
-    return -0.25 * jnp.clip(process.half_log_snr(t), -10.0, 10.0)
+    """¼ log ρ, EDM's c_noise, bounded so that it is finite where σ or α is 0."""
+    return -0.25 * jnp.clip(process.half_log_snr(t), -math.log(LARGEST_RHO), 10.0)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Schedule(Protocol):
         """Inverse of `half_log_snr`."""
 
 
+LARGEST_RHO = 1000.0
+"""Noise-to-signal ratio beyond which nothing of the data is left to see: where grids begin and embeddings end."""
+
+
 def expand(t: Array, x: Array) -> Array:
     """Give t ([] or [B]) trailing axes so that it broadcasts against x ([B, ...])."""
     t = jnp.asarray(t)

@@ -89,7 +89,7 @@ def test_no_gradient_reaches_the_target():
         return loss_of(config, edm(), Net({"a": a}, {}, lambda p, r, x, t, c, **k: p["a"] * x))
 
     value, gradient = jax.value_and_grad(loss)(3.0)
-    np.testing.assert_allclose(gradient / value, 4 / 3.0, rtol=1e-5)
+    np.testing.assert_allclose(gradient / value, 4 / 3.0, rtol=1e-4)
 
 
 def test_the_target_is_the_average_where_one_is_asked_for():

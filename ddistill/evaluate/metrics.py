@@ -57,6 +57,28 @@ def sliced_wasserstein(a, b, directions: int = 256, seed: int = 0) -> float:
     return float(np.sqrt(np.mean((quantiles_a - quantiles_b) ** 2 @ widths)))
 
 
+def sliced_wasserstein_to(b, n: int, directions: int = 256, seed: int = 0) -> Callable[[np.ndarray], float]:
+    """`sliced_wasserstein(·, b)` for many sets of n samples, with b [N, d] sorted once; n must divide N.
+
+    Each of n quantiles meets N/n of b: their mean and variance are all that the distance needs of them.
+    Raises ValueError where n does not divide N.
+    """
+    b = _flat(b)
+    if len(b) % n:
+        raise ValueError(f"{n} samples do not divide the {len(b)} of the reference; take a multiple.")
+    lines = _directions(b.shape[1], directions, seed)
+    blocks = np.sort(lines @ b.T, axis=1).reshape(directions, n, -1)
+    mean, variance = blocks.mean(2), blocks.var(2)
+
+    def distance(a) -> float:
+        a, _ = _pair(a, b[:1], least=1)
+        if len(a) != n:
+            raise ValueError(f"{len(a)} samples given; this reference was prepared for {n}.")
+        return float(np.sqrt(np.mean((np.sort(lines @ a.T, axis=1) - mean) ** 2 + variance)))
+
+    return distance
+
+
 def precision_recall(real, fake, k: int = 5) -> tuple[float, float]:
     """Improved precision and recall, each in [0, 1], with balls reaching to the k-th neighbour (itself not counted).
 

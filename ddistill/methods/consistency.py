@@ -1,5 +1,6 @@
 """Consistency distillation: one network value along each trajectory of the teacher (Song et al. 2023)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from ddistill.integrators import heun
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.net import frozen
-from ddistill.process import Process
+from ddistill.process import LARGEST_RHO, Process
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class Consistency:
     """
 
     intervals: int = 10
-    max_intervals: int = 160
-    growth_steps: int = 3000
+    max_intervals: int = 20
+    growth_steps: int = 6000
     solver: Callable = heun
-    solver_steps: int = 1
+    solver_steps: int = 2
     between: bool = True
     distance: Distance = field(default_factory=PseudoHuber)
     weighted: bool = True
     target_ema: float = 0.0
-    ema: float = 0.999
+    ema: float = 0.99
     rho: float = 7.0
 
     def __call__(self, process: Process) -> Method:
@@ -54,7 +55,7 @@ class Consistency:
             # One key for both branches: dropout must not differ between them.
             f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
             f_s = frozen(nets[target]).jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
-            weight = 1 / (process.rho(t) - process.rho(s)) if self.weighted else 1.0
+            weight = 1 / (_bounded_rho(process, t) - _bounded_rho(process, s)) if self.weighted else 1.0
             distance = self.distance(f_t, jax.lax.stop_gradient(f_s))
             return jnp.mean(weight * distance), {"intervals": n, "distance": jnp.mean(distance)}
 
@@ -76,9 +77,14 @@ class Consistency:
 
     def node(self, process: Process, i: Array, n: Array) -> Array:
         """Node i of n + 1, from t_max at 0 over t_min at n − 1 to 0 at n (Karras et al. 2022, eq. 5)."""
-        high, low = (process.rho(jnp.asarray(t)) ** (1 / self.rho) for t in (process.t_max, process.t_min))
-        ratio = (high + jnp.clip(i / (n - 1), 0, 1) * (low - high)) ** self.rho
-        return jnp.where(i >= n, 0.0, process.time_of(-jnp.log(ratio)))
+        rho = _bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / self.rho)
+        ratio = (rho[0] + jnp.clip(i / (n - 1), 0, 1) * (rho[1] - rho[0])) ** self.rho
+        inner = jnp.where(i <= 0, process.t_max, process.time_of(-jnp.log(ratio)))
+        return jnp.where(i >= n, 0.0, inner)
+
+
+def _bounded_rho(process: Process, t: Array) -> Array:
+    return jnp.exp(-jnp.maximum(process.half_log_snr(t), -math.log(LARGEST_RHO)))
 
 
 def renoising_times(process: Process, steps: int) -> Array:

@@ -24,7 +24,7 @@ class Denoising:
     times: TimeLaw = field(default_factory=LogNormal)
     weighting: Weighting = field(default_factory=EDMWeight)
     exact: bool = False
-    ema: float = 0.999
+    ema: float = 0.99
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""

@@ -20,7 +20,7 @@ class KD:
     distance: Distance = field(default_factory=L2)
     pairs: int = 200_000
     teacher_steps: int = 128
-    ema: float = 0.999
+    ema: float = 0.99
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
