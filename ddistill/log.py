@@ -6,9 +6,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from tensorboardX import SummaryWriter
 
 
 class Log(Protocol):
@@ -52,13 +56,16 @@ class Silent:
 class RunLog:
     """A log in a folder, metrics.jsonl and events/, and on the terminal.
 
-    On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then. Only the
-    first process of several writes. Use as a context manager.
+    On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then. Only
+    the first process of several writes. Use as a context manager.
     """
+
+    _bar: "Progress | None" = None
+    _events: "SummaryWriter | None" = None
 
     def __init__(self, directory: Path | str):
         self._writes = jax.process_index() == 0
-        self._stage, self._loss, self._bar, self._events = "", math.nan, None, None
+        self._stage, self._loss = "", math.nan
         if self._writes:
             from tensorboardX import SummaryWriter
 
@@ -71,7 +78,7 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.stop()
-        if self._writes:
+        if self._events is not None:
             self._file.close()
             self._events.close()
 
@@ -83,7 +90,7 @@ class RunLog:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
+            self._bar = bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -91,14 +98,14 @@ class RunLog:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(stage, total=steps, completed=first, loss=math.nan, rate=0.0)
-            self._bar.start()
+            self._task = bar.add_task(stage, total=steps, completed=first, loss=math.nan, rate=0.0)
+            bar.start()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the metrics of one step."""
         numbers = _numbers(values)
         self._loss = next((v for k, v in numbers.items() if k.endswith("loss")), math.nan)
-        if self._writes:
+        if self._events is not None:
             self._file.write(json.dumps({"stage": self._stage, "step": step, **numbers}) + "\n")
             self._file.flush()
             for name, value in numbers.items():

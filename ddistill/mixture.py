@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddistill.net import Net
-from ddistill.process import Process
+from ddistill.process import Process, Time
 
 BUNDLED = ("ring8", "grid25", "digits")
 
@@ -137,24 +137,24 @@ class Mixture:
         """Number of coordinates of a sample."""
         return self.means.shape[1]
 
-    def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def denoise(self, process: Process, x: Array, t: Time, cond: Array | None = None) -> Array:
         """E[x0 | x_t = x], shape of x."""
         at = _Local(self, process, x, t, cond)
         return at.combine(jnp.ones_like(at.alpha), at.alpha[..., None] * at.scales / at.variance)
 
-    def score(self, process: Process, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def score(self, process: Process, x: Array, t: Time, cond: Array | None = None) -> Array:
         """∇ log p_t(x), shape of x; of the data's own density where σ = 0."""
         at = _Local(self, process, x, t, cond)
         return at.combine(jnp.zeros_like(at.alpha), -1 / (at.norm[..., None] * at.variance))
 
-    def velocity(self, process: Process, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def velocity(self, process: Process, x: Array, t: Time, cond: Array | None = None) -> Array:
         """Drift α' E[x0 | x] + σ' E[ε | x] of the probability-flow ODE, shape of x."""
         at = _Local(self, process, x, t, cond)
         d_alpha, d_sigma = at.column(process.alpha_prime(t)), at.column(process.sigma_prime(t))
         gain = (d_alpha * at.alpha)[..., None] * at.scales + (d_sigma * at.sigma)[..., None]
         return at.combine(d_alpha, gain / at.variance)
 
-    def log_density(self, process: Process, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def log_density(self, process: Process, x: Array, t: Time, cond: Array | None = None) -> Array:
         """log p_t(x) [B] in nats; given a class, of that class's own normalised mixture.
 
         Where σ = 0 it is the density of the data, which must then have width in every direction.
@@ -163,7 +163,7 @@ class Mixture:
         log_norm = jnp.log(at.norm[:, 0]) if at.norm.ndim == 2 else jnp.log(at.norm)
         return jax.nn.logsumexp(at.logits, -1) - self.d * (0.5 * jnp.log(2 * jnp.pi) + log_norm)
 
-    def responsibilities(self, process: Process, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def responsibilities(self, process: Process, x: Array, t: Time, cond: Array | None = None) -> Array:
         """Posterior probability [B, K] of each component given x_t = x."""
         return jax.nn.softmax(_Local(self, process, x, t, cond).logits, -1)
 
@@ -196,7 +196,7 @@ class Mixture:
 class _Local:
     """A mixture as seen from x at t: coordinates, variances and log posteriors of its components."""
 
-    def __init__(self, mixture: Mixture, process: Process, x: Array, t: Array, cond: Array | None):
+    def __init__(self, mixture: Mixture, process: Process, x: Array, t: Time, cond: Array | None):
         x = jnp.asarray(x)
         if x.ndim < 2 or int(np.prod(x.shape[1:])) != mixture.d:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Net: every network seen as a denoiser x̂0 = E[x0 | x_t], its parameters as data and its code as a static pure function.
+"""Net: every network seen as a denoiser x̂0 = E[x0 | x_t], its parameters data and its code a static pure function.
 
 A raw network F is turned into a denoiser by a preconditioning, one linear map for each thing a network can be trained
 to output:
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ddistill.process import LARGEST_RHO, Process, expand, safe_divide
+from ddistill.process import LARGEST_RHO, Process, Time, expand, safe_divide
 
 PyTree = Any
 
@@ -47,7 +47,7 @@ class Net:
     apply: Apply = field(metadata={"static": True})
 
     def __call__(
-        self, x: Array, t: Array, cond: PyTree = None, *, s: Array | None = None, key: Array | None = None
+        self, x: Array, t: Time, cond: PyTree = None, *, s: Time | None = None, key: Array | None = None
     ) -> Array:
         """Estimate x0: x [B, ...], t and s [] or [B], cond a pytree of [B, ...]; the result is [B, ...], x's dtype."""
         batch = x.shape[:1]
@@ -56,7 +56,7 @@ class Net:
         return self.apply(self.params, self.rest, x, t, cond, s=s, key=key)
 
     def jump(
-        self, process: Process, x: Array, t: Array, s: Array, cond: PyTree = None, *, key: Array | None = None
+        self, process: Process, x: Array, t: Time, s: Time, cond: PyTree = None, *, key: Array | None = None
     ) -> Array:
         """G(x, t, s): where the student says the trajectory through (x, t) is at s. CTM's G, MeanFlow's x − (t−s) u."""
         return process.step(self(x, t, cond, s=s, key=key), x, t, s)
@@ -217,12 +217,12 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
     if not np.all(np.isfinite(np.asarray(precondition(process, ends)[:2]))):
         bad = process.t_max if float(process.alpha(ends[1])) == 0 else process.t_min
         raise ValueError(
-            f"{type(precondition).__name__} gives no x0 at t = {bad:g}, where alpha = {float(process.alpha(bad)):g} and "
-            f"sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network instead "
-            "(VPrecondition, DataPrecondition), or end the process before this time"
+            f"{type(precondition).__name__} gives no x0 at t = {bad:g}, where alpha = {float(process.alpha(bad)):g} "
+            f"and sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network "
+            "instead (VPrecondition, DataPrecondition), or end the process before this time"
         )
-    graph, params_state, rest_state = nnx.split(module, nnx.Param, ...)
-    (params_names, params), (rest_names, rest) = _Names.of(params_state), _Names.of(rest_state)
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    (params_names, params), (rest_names, rest) = map(_Names.of, states)
     return Net(params, rest, _Preconditioned(graph, params_names, rest_names, process, precondition))
 
 
@@ -254,8 +254,8 @@ class _Guided:
 def guided(net: Net, w: Array | float, null: PyTree, interval: tuple[float, float] = (0.0, math.inf)) -> Net:
     """Classifier-free guidance as a new teacher: D_∅ + w (D_c − D_∅), w = 1 being none, in one doubled forward pass.
 
-    w: [] or [B], Imagen's and diffusers' convention (LCM's and Meng's w' is w − 1). null: the condition that means none,
-    of the structure of cond. Outside interval = (t_low, t_high) w is 1 (Kynkäänniemi et al. 2024).
+    w: [] or [B], Imagen's and diffusers' convention (LCM's and Meng's w' is w − 1). null: the condition that means
+    none, of the structure of cond. Outside interval = (t_low, t_high) w is 1 (Kynkäänniemi et al. 2024).
     """
     rest = {"rest": net.rest, "w": jnp.asarray(w, jnp.float32), "null": jax.tree.map(jnp.asarray, null)}
     return Net(net.params, rest, _Guided(net.apply, interval))

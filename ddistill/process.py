@@ -47,8 +47,11 @@ class Schedule(Protocol):
 LARGEST_RHO = 1000.0
 """Noise-to-signal ratio beyond which nothing of the data is left to see: where grids begin and embeddings end."""
 
+Time = Array | float
+"""A time, [] or [B]."""
 
-def expand(t: Array, x: Array) -> Array:
+
+def expand(t: Time, x: Array) -> Array:
     """Give t ([] or [B]) trailing axes so that it broadcasts against x ([B, ...])."""
     t = jnp.asarray(t)
     return t.reshape(t.shape + (1,) * (jnp.ndim(x) - t.ndim)) if t.ndim else t
@@ -76,19 +79,19 @@ class Process:
     t_min: float
     t_max: float
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Time) -> Array:
         """Signal scale α(t)."""
         return self.schedule.alpha(_as_float(t))
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Time) -> Array:
         """Noise scale σ(t)."""
         return self.schedule.sigma(_as_float(t))
 
-    def half_log_snr(self, t: Array) -> Array:
+    def half_log_snr(self, t: Time) -> Array:
         """λ(t) = log(α/σ) of DPM-Solver; +inf where σ = 0, −inf where α = 0."""
         return self.schedule.half_log_snr(_as_float(t))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Time) -> Array:
         """ℓ(t) = log(α²/σ²) = 2λ(t), the log-SNR of VDM and of progressive distillation."""
         return 2 * self.half_log_snr(t)
 
@@ -96,19 +99,19 @@ class Process:
         """The time at which the half-log-SNR has the given value; ±inf gives the ends."""
         return self.schedule.time_of(_as_float(half_log_snr))
 
-    def rho(self, t: Array) -> Array:
+    def rho(self, t: Time) -> Array:
         """Noise-to-signal ratio ρ = σ/α; the σ of EDM."""
         return self.sigma(t) / self.alpha(t)
 
-    def alpha_prime(self, t: Array) -> Array:
+    def alpha_prime(self, t: Time) -> Array:
         """dα/dt by automatic differentiation."""
         return _prime(self.schedule.alpha, _as_float(t))
 
-    def sigma_prime(self, t: Array) -> Array:
+    def sigma_prime(self, t: Time) -> Array:
         """dσ/dt by automatic differentiation."""
         return _prime(self.schedule.sigma, _as_float(t))
 
-    def diffuse(self, x0: Array, noise: Array, t: Array) -> Array:
+    def diffuse(self, x0: Array, noise: Array, t: Time) -> Array:
         """x_t = α_t x0 + σ_t ε."""
         t = expand(t, x0)
         return self.alpha(t) * x0 + self.sigma(t) * noise
@@ -117,80 +120,80 @@ class Process:
         """Draw the noise at which sampling starts: N(0, σ(t_max)² I)."""
         return self.sigma(jnp.asarray(self.t_max, dtype)) * jax.random.normal(key, tuple(shape), dtype)
 
-    def eps(self, x0: Array, x: Array, t: Array) -> Array:
+    def eps(self, x0: Array, x: Array, t: Time) -> Array:
         """Noise estimate (x − α x0)/σ that belongs to a data estimate."""
         t = expand(t, x)
         return safe_divide(x - self.alpha(t) * x0, self.sigma(t))
 
-    def score(self, x0: Array, x: Array, t: Array) -> Array:
+    def score(self, x0: Array, x: Array, t: Time) -> Array:
         """Score (α x0 − x)/σ² = ∇ log p_t(x) that belongs to a data estimate (Tweedie)."""
         return self.score_from_eps(self.eps(x0, x, t), x, t)
 
-    def score_from_eps(self, eps: Array, x: Array, t: Array) -> Array:
+    def score_from_eps(self, eps: Array, x: Array, t: Time) -> Array:
         """Score −ε/σ, the one conversion that stays defined where α = 0."""
         return -safe_divide(eps, self.sigma(expand(t, x)))
 
-    def v(self, x0: Array, x: Array, t: Array) -> Array:
+    def v(self, x0: Array, x: Array, t: Time) -> Array:
         """v = α ε − σ x0 of progressive distillation (Salimans & Ho 2022, app. D); diffusers' "v_prediction"."""
         te = expand(t, x)
         return self.alpha(te) * self.eps(x0, x, t) - self.sigma(te) * x0
 
-    def velocity(self, x0: Array, x: Array, t: Array) -> Array:
+    def velocity(self, x0: Array, x: Array, t: Time) -> Array:
         """Drift of the probability-flow ODE, dx/dt = α' x0 + σ' ε; ε − x0 for rectified flow."""
         te = expand(t, x)
         return self.alpha_prime(te) * x0 + self.sigma_prime(te) * self.eps(x0, x, t)
 
-    def x0_from_eps(self, eps: Array, x: Array, t: Array) -> Array:
+    def x0_from_eps(self, eps: Array, x: Array, t: Time) -> Array:
         """Data estimate (x − σ ε)/α; not defined where α = 0, where it answers 0."""
         t = expand(t, x)
         return safe_divide(x - self.sigma(t) * eps, self.alpha(t))
 
-    def x0_from_score(self, score: Array, x: Array, t: Array) -> Array:
+    def x0_from_score(self, score: Array, x: Array, t: Time) -> Array:
         """Data estimate (x + σ² score)/α; not defined where α = 0, where it answers 0."""
         t = expand(t, x)
         return safe_divide(x + self.sigma(t) ** 2 * score, self.alpha(t))
 
-    def x0_from_v(self, v: Array, x: Array, t: Array) -> Array:
+    def x0_from_v(self, v: Array, x: Array, t: Time) -> Array:
         """Data estimate (α x − σ v)/(α² + σ²), defined at every time."""
         t = expand(t, x)
         alpha, sigma = self.alpha(t), self.sigma(t)
         return (alpha * x - sigma * v) / (alpha**2 + sigma**2)
 
-    def x0_from_velocity(self, u: Array, x: Array, t: Array) -> Array:
+    def x0_from_velocity(self, u: Array, x: Array, t: Time) -> Array:
         """Data estimate (σ' x − σ u)/(α σ' − σ α')."""
         t = expand(t, x)
         alpha, sigma = self.alpha(t), self.sigma(t)
         d_alpha, d_sigma = self.alpha_prime(t), self.sigma_prime(t)
         return safe_divide(d_sigma * x - sigma * u, alpha * d_sigma - sigma * d_alpha)
 
-    def drift(self, x: Array, t: Array) -> Array:
+    def drift(self, x: Array, t: Time) -> Array:
         """f(t) x of the forward SDE, f = d log α/dt; infinite where α = 0."""
         t = expand(t, x)
         return self.alpha_prime(t) / self.alpha(t) * x
 
-    def diffusion2(self, t: Array) -> Array:
+    def diffusion2(self, t: Time) -> Array:
         """g²(t) = 2σσ' − 2(α'/α)σ² of the forward SDE, shape of t; infinite where α = 0."""
         sigma = self.sigma(t)
         return 2 * sigma * self.sigma_prime(t) - 2 * self.alpha_prime(t) / self.alpha(t) * sigma**2
 
-    def decay(self, t: Array, s: Array) -> Array:
+    def decay(self, t: Time, s: Time) -> Array:
         """e^{−h} = (σ_s α_t)/(σ_t α_s) for a step from t down to s; 0 at s = 0 and at α_t = 0, 1 at s = t."""
         decay = safe_divide(self.sigma(s) * self.alpha(t), self.sigma(t) * self.alpha(s))
         return jnp.where(jnp.asarray(s) == jnp.asarray(t), 1.0, decay)
 
-    def transition(self, s: Array, t: Array) -> tuple[Array, Array]:
+    def transition(self, s: Time, t: Time) -> tuple[Array, Array]:
         """Scale α_t/α_s and standard deviation of x_t given x_s, s ≤ t; shape of the times."""
         decay = self.decay(t, s)
         scale = safe_divide(self.alpha(t), self.alpha(s))  # 0/0 where both have no signal, which is s = t
         scale = jnp.where(jnp.asarray(s) == jnp.asarray(t), 1.0, scale)
         return scale, self.sigma(t) * jnp.sqrt(jnp.clip(1 - decay**2, 0.0))
 
-    def renoise(self, x: Array, noise: Array, s: Array, t: Array) -> Array:
+    def renoise(self, x: Array, noise: Array, s: Time, t: Time) -> Array:
         """Carry x from s up to t ≥ s along the forward process: a draw of x_t given x_s."""
         scale, std = self.transition(expand(s, x), expand(t, x))
         return scale * x + std * noise
 
-    def posterior(self, x0: Array, x: Array, t: Array, s: Array) -> tuple[Array, Array]:
+    def posterior(self, x0: Array, x: Array, t: Time, s: Time) -> tuple[Array, Array]:
         """Mean and standard deviation of x_s given x_t = x and x0, s ≤ t (DDPM's ancestral step)."""
         t, s = expand(t, x), expand(s, x)
         decay2 = self.decay(t, s) ** 2
@@ -198,7 +201,7 @@ class Process:
         mean = self.alpha(s) * (1 - decay2) * x0 + self.decay(t, s) * self._sigma_ratio(t, s) * x
         return mean, self.sigma(s) * jnp.sqrt(jnp.clip(1 - decay2, 0.0))
 
-    def step(self, x0: Array, x: Array, t: Array, s: Array) -> Array:
+    def step(self, x0: Array, x: Array, t: Time, s: Time) -> Array:
         """Jump from t to s along the line that x0 defines: α_s x0 + σ_s (x − α_t x0)/σ_t.
 
         With a teacher's x0 it is DDIM (Song et al. 2021, eq. 12, η = 0); with a student's it is the learned
@@ -208,7 +211,7 @@ class Process:
         ratio = self._sigma_ratio(t, s)
         return ratio * x + (self.alpha(s) - ratio * self.alpha(t)) * x0
 
-    def destination(self, x: Array, t: Array, y: Array, s: Array) -> Array:
+    def destination(self, x: Array, t: Time, y: Array, s: Time) -> Array:
         """The x0 for which `step(x0, x, t, s)` is y (Salimans & Ho 2022, app. G), s ≠ t."""
         t, s = expand(t, x), expand(s, x)
         ratio = self._sigma_ratio(t, s)
@@ -226,7 +229,7 @@ class Process:
                 f"0 (data) to {self.t_max:g} (noise), and evaluates networks from {self.t_min:g} on"
             )
 
-    def _sigma_ratio(self, t: Array, s: Array) -> Array:
+    def _sigma_ratio(self, t: Time, s: Time) -> Array:
         ratio = safe_divide(self.sigma(s), self.sigma(t))
         return jnp.where(jnp.asarray(s) == jnp.asarray(t), 1.0, ratio)
 

@@ -25,13 +25,13 @@ def sample(
 ) -> Solution:
     """Sample along times t_0, t_1, … from x at t_0: in each step jump from t to s' ≤ t', then renoise s' → t'.
 
-    γ chooses s' by its noise-to-signal ratio, ρ(s') = √(1 − γ²) ρ(t') (Kim et al. 2024, alg. 3): γ = 0 jumps to t' exactly
-    and adds no noise (deterministic; times may also ascend, for inversion), γ = 1 jumps to the data and adds all of it
-    (multistep consistency; Song et al. 2023, alg. 1).
+    γ chooses s' by its noise-to-signal ratio, ρ(s') = √(1 − γ²) ρ(t') (Kim et al. 2024, alg. 3): γ = 0 jumps to t'
+    exactly and adds no noise (deterministic; times may also ascend, for inversion), γ = 1 jumps to the data and adds
+    all of it (multistep consistency; Song et al. 2023, alg. 1).
 
-    x: [B, ...] of noise level σ(t_0). times: [K + 1], within the process, each different from the one before. Answers the
-    sample and its number of network calls, K. Raises ValueError for a γ outside [0, 1], for γ > 0 without key or with
-    ascending times, and for times outside the process.
+    x: [B, ...] of noise level σ(t_0). times: [K + 1], within the process, each different from the one before. Answers
+    the sample and its number of network calls, K. Raises ValueError for a γ outside [0, 1], for γ > 0 without key or
+    with ascending times, and for times outside the process.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1] (0 deterministic, 1 fully stochastic); given {gamma}")
@@ -46,7 +46,7 @@ def sample(
 
     def one(x, step):
         t, t_next, i = step
-        if gamma == 0:
+        if gamma == 0 or key is None:
             return student.jump(process, x, t, t_next, cond), None
         landing = _landing(process, t_next, gamma)
         x = student.jump(process, x, t, landing, cond)

@@ -20,8 +20,8 @@ from ddistill.train import State, Trainer, make_trainer
 class Stage:
     """Train `method` for `steps` batches of source(teacher).
 
-    source: from the stage's teacher (for methods that learn from pairs it makes) to batches by step. optimizer: from the
-    number of a network's updates to its transformation. guide: what the losses see as "teacher", the guided one for
+    source: from the stage's teacher (for methods that learn from pairs it makes) to batches by step. optimizer: from
+    the number of a network's updates to its transformation. guide: what the losses see as "teacher", the guided one for
     example; networks start from the unguided one.
     """
 
@@ -54,7 +54,7 @@ def run(
     With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
     where it stopped, with the same result as if it had not.
     """
-    results = []
+    results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
     for i, stage in enumerate(stages):
         teacher = results[-1] if results else first
@@ -154,6 +154,7 @@ def _report(log: Log, stage: Stage, waiting: tuple[int, Metrics] | None) -> None
     failed = int(metrics["failing"])
     if failed >= 100:
         raise DivergedError(
-            f"stage {stage.name!r}, step {step}: the last {failed} gradients of a network were NaN or infinite and were "
-            "not applied. Lower the learning rate, clip gradients, or look at the data; the last finite state is kept"
+            f"stage {stage.name!r}, step {step}: the last {failed} gradients of a network were NaN or infinite and "
+            "were not applied. Lower the learning rate, clip gradients, or look at the data; the last finite state is "
+            "kept"
         )

@@ -68,14 +68,15 @@ def make_trainer(
 ) -> Trainer:
     """Bind a method to one optimiser for each of its networks.
 
-    accumulate: gradients are averaged over this many equal parts of each batch before the update. Steps whose gradient is
-    not finite change nothing but a counter.
+    accumulate: gradients are averaged over this many equal parts of each batch before the update. Steps whose gradient
+    is not finite change nothing but a counter.
     Raises ValueError if an optimiser is missing or superfluous.
     """
     if set(optimizers) != set(method.losses):
         raise ValueError(f"optimizers for {sorted(optimizers)}, but the method trains {sorted(method.losses)}")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=np.iinfo(np.int32).max) for n, o in optimizers.items()}
+    never = np.iinfo(np.int32).max
+    guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=never) for n, o in optimizers.items()}
 
     def start(teacher: Net, key: Array) -> dict[str, Net]:
         names = sorted(method.init)
@@ -104,7 +105,8 @@ def make_trainer(
         for name, (source, _) in method.ema.items():
             current[name] = nets[source].replace(params=state.ema[name])
 
-        params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
+        params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
+        metrics: dict[str, Array] = {}
         for name in turn:
 
             def loss(p, part, key, name=name):

@@ -138,9 +138,9 @@ def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path,
     rows = json.loads(file.read_text())["rows"]
     assert [(r["sampler"], r["nfe"]) for r in rows] == [
         ("held-out scans (floor)", None),
-        ("teacher, heun", 35),
-        ("teacher, euler", 2),
-        ("teacher, euler", 1),
+        ("teacher, Heun", 35),
+        ("teacher, Euler", 2),
+        ("teacher, Euler", 1),
         ("student", 1),
         ("student", 2),
     ]

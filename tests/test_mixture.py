@@ -60,7 +60,7 @@ def test_score_is_the_gradient_of_the_log_density(p, x64):
     for t in (0.0, 0.05 * p.t_max, 0.6 * p.t_max, p.t_max):
         x = points(p, t)
         for c in (None, cond):
-            gradient = jax.grad(lambda x: mixture.log_density(p, x, t, c).sum())(x)  # noqa: B023
+            gradient = jax.grad(lambda x: mixture.log_density(p, x, t, c).sum())(x)
             close(mixture.score(p, x, t, c), gradient, 1e-9)
 
 

@@ -67,7 +67,7 @@ def test_each_output_is_converted_by_its_own_linear_map(process, rng=np.random.d
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p.schedule).__name__)
 def test_edm_precondition_has_unit_variances(process):
-    # Var[c_in x] = 1 and Var[(x0 − c_skip x)/c_out] = 1 for data of standard deviation σ_d (Karras et al. 2022, app. B.6).
+    # Var[c_in x] = Var[(x0 − c_skip x)/c_out] = 1 for data of standard deviation σ_d (Karras et al. 2022, app. B.6).
     sd = 0.5
     t = jnp.linspace(0.3, 1.0, 7) * process.t_max
     c_skip, c_out, c_in, _ = EDMPrecondition(sd)(process, t)

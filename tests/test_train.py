@@ -1,4 +1,4 @@
-"""The train step and its loop: gradients by hand, turns, averages, sharding, accumulation, resuming, non-finite steps."""
+"""The train step and its loop: gradients by hand, turns, averages, sharding, accumulation, resuming, failing steps."""
 
 import dataclasses
 
@@ -117,8 +117,9 @@ def test_a_network_out_of_turn_is_not_traced():
 
 def test_eight_devices_give_the_losses_of_one():
     logs = [Silent(), Silent()]
-    one = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    results = [train(stage(), mesh=m, log=log, log_every=1) for m, log in zip((one, sharding.make_mesh(2)), logs, strict=True)]
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    meshes = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=auto), sharding.make_mesh(2)
+    results = [train(stage(), mesh=m, log=log, log_every=1) for m, log in zip(meshes, logs, strict=True)]
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
     losses = [[row["student/loss"] for row in log.rows] for log in logs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
@@ -208,7 +209,8 @@ def test_checkpoints_keep_names_keys_and_dtypes_and_refuse_what_does_not_fit(tmp
             checkpoints.restore(tree)
         checkpoints.save(5, tree)
     with Checkpoints(tmp_path / "c") as checkpoints:
-        blank = {**tree, "layers": jax.tree.map(jnp.zeros_like, tree["layers"]), "key": jax.random.key(0), "n": jnp.asarray(0)}
+        empty = jax.tree.map(jnp.zeros_like, tree["layers"])
+        blank = {"layers": empty, "key": jax.random.key(0), "n": jnp.asarray(0)}
         back = checkpoints.restore(blank)
         assert [int(back["layers"][str(i)][0]) for i in range(12)] == list(range(12))
         assert back["layers"]["0"].dtype == jnp.bfloat16 and int(back["n"]) == 7
@@ -225,7 +227,8 @@ def test_a_corrupt_checkpoint_is_named(tmp_path):
     files = [p for p in (tmp_path / "5").rglob("*") if p.is_file() and p.stat().st_size > 0]
     for p in files:
         p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="cannot be read.*Delete that folder"):
+    words = "cannot be read.*Delete that folder"
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=words):
         checkpoints.restore(tree)
 
 

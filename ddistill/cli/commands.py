@@ -47,7 +47,7 @@ def run(command: Command, flags: Sequence[str]) -> None:
 def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
     """Train, distil, judge; samples.png, metrics.json and loss.png go into the run's folder."""
     source = Path(quickstart_experiment.__file__)
-    overrides = [*flags, *_seed_flag(command.seed)]
+    overrides = [*flags, "--seed", str(command.seed)]
     experiment = load_experiment(source, overrides, prog="ddistill quickstart")
     out = command.out
     _say(f"Training a teacher on scanned digits and distilling it, in {out}/")
@@ -58,9 +58,10 @@ def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
     _judge(digits, opened, plan, out / "metrics.json")
     sheet = judged.sheet(digits, opened.experiment.process, plan)
     save_sample_sheet(out / "samples.png", sheet)
-    metrics = read_metrics(out)
-    curves = {name: [[row[k] for row in rows] for k in ("step", "student/loss")] for name, rows in metrics.items()}
-    save_loss_plot(out / "loss.png", {name: (steps, losses) for name, (steps, losses) in curves.items()})
+    curves = {}
+    for stage, rows in read_metrics(out).items():
+        curves[stage] = ([row["step"] for row in rows], [row["student/loss"] for row in rows])
+    save_loss_plot(out / "loss.png", curves)
     _say(f"Wrote {out}/samples.png, metrics.json, loss.png. More samples: ddistill sample {out} --out more.png")
 
 
@@ -90,7 +91,7 @@ def sample(command: Sample) -> None:
     if command.teacher:
         if command.gamma is not None:
             raise ValueError("--gamma belongs to the student's sampler: leave it out with --teacher")
-        sampler = judged.teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps)
+        sampler = judged.teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps, "teacher")
     else:
         method = experiment.method(process)
         sampler = judged.student_sampler(opened.student, process, method.sampling, command.steps, command.gamma)
@@ -148,10 +149,6 @@ def bench(command: Bench) -> None:
                     _say(
                         f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {row['sw2']:.4f}, {row['wall_s']:.1f} s"
                     )
-
-
-def _seed_flag(seed: int) -> list[str]:
-    return ["--seed", str(seed)]
 
 
 def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:

@@ -25,7 +25,7 @@ def teacher_pairs(
     integrator: Callable = dpmpp_2m,
     batch_size: int = 4096,
 ) -> dict[str, np.ndarray]:
-    """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and labels cond [count] of a teacher with classes.
+    """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.
 
     Pair i depends on the key and i alone, whatever the batch size and the number of devices. Labels are uniform.
     """

@@ -35,11 +35,11 @@ class Sampler:
     draw: Callable[[Array, Array | None, Array], Solution]
 
 
-def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps: int, name: str = "teacher") -> Sampler:
+def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps: int, name: str) -> Sampler:
     """A teacher under an integrator, on Karras' grid of so many steps."""
     grid = grids.karras(process, steps)
     solve = jax.jit(lambda net, x, cond: integrator(net.bind(cond), process, grid, x))
-    return Sampler(f"{name}, {integrator.__name__}", lambda noise, cond, key: solve(teacher, noise, cond))
+    return Sampler(name, lambda noise, cond, key: solve(teacher, noise, cond))
 
 
 def student_sampler(
@@ -56,9 +56,9 @@ def samplers(
     teacher: Net, student: Net, process: Process, sampling: Sampling, steps: Sequence[int] = (1, 2, 4)
 ) -> list[Sampler]:
     """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student."""
-    few = [teacher_sampler(teacher, process, euler, n) for n in sorted(steps, reverse=True)]
+    few = [teacher_sampler(teacher, process, euler, n, "teacher, Euler") for n in sorted(steps, reverse=True)]
     students = [student_sampler(student, process, sampling, n) for n in sorted(steps)]
-    return [teacher_sampler(teacher, process, heun, 18), *few, *students]
+    return [teacher_sampler(teacher, process, heun, 18, "teacher, Heun"), *few, *students]
 
 
 def evaluate(
@@ -101,15 +101,13 @@ def start(
     return process.prior(k_noise, (count, *shape)), labels, k_sampler
 
 
-def sheet(digits: Digits, process: Process, plan: Sequence[Sampler], columns: int = 20, seed: int = 0):
-    """Rows (label, images in [0, 1]) for a sample sheet, the held-out scans first; labels and noise go by column."""
+def sheet(
+    digits: Digits, process: Process, plan: Sequence[Sampler], columns: int = 20, seed: int = 0
+) -> list[tuple[str, np.ndarray]]:
+    """Rows (name, images in [0, 1]) for a sample sheet, held-out scans first; column i shows the digit i mod 10."""
     noise, labels, key = start(process, digits.train_x.shape[1:], digits.num_classes, columns, seed)
-    seen: dict[int, int] = {}
-    scans = []
-    for label in np.asarray(labels).tolist():
-        of_label = np.flatnonzero(digits.held_out_labels == label)
-        scans.append(digits.held_out_x[of_label[seen.get(label, 0)]])
-        seen[label] = seen.get(label, 0) + 1
+    of_class = [digits.held_out_x[digits.held_out_labels == c] for c in range(digits.num_classes)]
+    scans = [of_class[i % digits.num_classes][i // digits.num_classes] for i in range(columns)]
     rows = [("held-out scans", digits.to_unit(np.stack(scans)))]
     for sampler in plan:
         solution = sampler.draw(noise, labels, key)

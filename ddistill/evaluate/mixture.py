@@ -31,8 +31,8 @@ class Judge:
     mean_log_density: float
     noise: float
 
-    def __call__(self, x: Array, exact: Array | None = None) -> dict[str, float | None]:
-        """Metrics of samples x [N, d], N as the judge was made for; `exact`: where the exact flow map takes their noise.
+    def __call__(self, x: Array | np.ndarray, exact: Array | None = None) -> dict[str, float | None]:
+        """Metrics of samples x [N, d], N as the judge was made for; `exact`: where the exact flow takes their noise.
 
         endpoint: root-mean-square distance to `exact`, endpoint_median: its median over samples, sw2: sliced
         Wasserstein-2 to the exact samples, all over the data's scale; precision: share of samples above the threshold,
@@ -61,7 +61,7 @@ class Judge:
 
 
 def judge(mixture: Mixture, n: int = 10_000, seed: int = 0) -> Judge:
-    """A judge of n samples, with ten times as many exact ones so that their own noise adds little; fixed by the seed."""
+    """A judge of n samples, fixed by the seed; ten times as many exact ones, so that their own noise adds little."""
     noise = 0.025 if mixture.d <= 2 else 0.1
     k_sample, k_noise = jax.random.split(jax.random.fold_in(jax.random.key(20260), seed))
     true = mixture.sample(k_sample, 10 * n)
@@ -78,7 +78,8 @@ def floor(judge: Judge, n: int = 10_000, repeats: int = 5) -> dict[str, float]:
     keys = [jax.random.fold_in(jax.random.key(31337), i) for i in range(repeats)]
     rows = [judge(judge.mixture.sample(key, n)) for key in keys]
     names = ("sw2", "precision", "recall", "weights", "ll_gap")
-    return {**{k: float(np.mean([row[k] for row in rows])) for k in names}, "sw2_std": float(np.std([r["sw2"] for r in rows]))}
+    values = {name: np.asarray([row[name] for row in rows], np.float64) for name in names}
+    return {**{name: float(v.mean()) for name, v in values.items()}, "sw2_std": float(values["sw2"].std())}
 
 
 def _noised(x: Array, noise: float, key: Array) -> Array:

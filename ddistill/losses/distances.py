@@ -58,7 +58,7 @@ class PseudoHuber:
 
 @dataclass(frozen=True)
 class Perceptual:
-    """Distance between features: the sum over feature maps of the mean squared difference, plus `pixel` times that of x.
+    """Distance of features: the sum over feature maps of the mean squared difference, plus `pixel` times that of x.
 
     features: a pure function [B, ...] -> sequence of [B, ...], LPIPS' backbone for example. It needs pixel > 0, or
     features that separate points, to have its only zero at a = b.

@@ -29,6 +29,6 @@ METHODS = {
     "kd": Entry(KD, "Naive knowledge distillation", "Luhman & Luhman 2021, arXiv:2101.02388", (1,)),
     "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469", (1, 2, 4, 8)),
 }
-"""Methods that make a student, by their name on the command line; `steps` are the numbers of sampling steps they serve."""
+"""Methods that make a student, by their name on the command line; `steps`: the numbers of sampling steps they serve."""
 
-__all__ = ["METHODS", "KD", "Consistency", "Denoising", "Entry", "Method"]
+__all__ = ["KD", "METHODS", "Consistency", "Denoising", "Entry", "Method"]

@@ -55,12 +55,13 @@ class Method:
         for name, (source, decay) in self.ema.items():
             if source not in self.losses or name in self.losses or not 0 <= decay < 1:
                 raise ValueError(
-                    f"ema {name!r} = ({source!r}, {decay}) must average one of {sorted(self.losses)} under another name, "
-                    "with a decay in [0, 1)"
+                    f"ema {name!r} = ({source!r}, {decay}) must average one of {sorted(self.losses)} under another "
+                    "name, with a decay in [0, 1)"
                 )
         unknown = set(self.every) - set(self.losses)
         if unknown or any(n < 1 for n in self.every.values()):
-            raise ValueError(f"every = {dict(self.every)} must give trained networks {sorted(self.losses)} numbers >= 1")
+            trained = sorted(self.losses)
+            raise ValueError(f"every = {dict(self.every)} must give trained networks {trained} numbers >= 1")
         if self.result not in {*self.losses, *self.ema}:
             raise ValueError(f"result {self.result!r} is neither a trained network nor an average")
 

@@ -50,8 +50,8 @@ class Consistency:
             i = jnp.minimum(i, n - 1) if self.between else jnp.floor(i)
             t, s = self.node(process, i, n), self.node(process, i + 1, n)
             x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
-            nodes = jnp.stack([self.node(process, i + k / self.solver_steps, n) for k in range(self.solver_steps)] + [s])
-            x_s = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
+            nodes = [self.node(process, i + k / self.solver_steps, n) for k in range(self.solver_steps)]
+            x_s = self.solver(nets["teacher"].bind(cond), process, jnp.stack([*nodes, s]), x_t).x
             # One key for both branches: dropout must not differ between them.
             f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
             f_s = frozen(nets[target]).jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)

@@ -42,5 +42,5 @@ class KD:
 
 def _one_step(process: Process, steps: int):
     if steps != 1:
-        raise ValueError(f"a student of naive distillation knows one step, from t_max to 0; {steps} steps were asked for")
+        raise ValueError(f"a student of naive distillation knows one step, from t_max to 0; given {steps} steps")
     return [process.t_max, 0.0]

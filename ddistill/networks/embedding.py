@@ -9,7 +9,7 @@ from jax import Array
 
 
 class Fourier(nnx.Module):
-    """Sines and cosines of a scalar of order one, at size/2 frequencies from `low` to `high` turns per unit, geometric."""
+    """Sines and cosines of a scalar of order one, at size/2 geometric frequencies, `low` to `high` turns per unit."""
 
     def __init__(self, size: int, low: float = 0.125, high: float = 8.0):
         self.size, self.low, self.high = size, low, high
