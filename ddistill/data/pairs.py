@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from ddistill import grids
-from ddistill.integrators import dpmpp_2m
+from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.process import Process
 
@@ -20,9 +20,9 @@ def teacher_pairs(
     count: int,
     shape: tuple[int, ...],
     *,
-    steps: int = 128,
+    steps: int = 64,
     num_classes: int = 0,
-    integrator: Callable = dpmpp_2m,
+    integrator: Callable = dpmpp_3m,
     batch_size: int = 4096,
 ) -> dict[str, np.ndarray]:
     """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.

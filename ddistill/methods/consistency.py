@@ -23,7 +23,9 @@ class Consistency:
     ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of `growth_steps` steps (Song & Dhariwal 2023,
     sec. 3.4; equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
     target θ⁻ is the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic
-    integrator, taking solver_steps steps per interval.
+    integrator, taking solver_steps steps per interval. between: t is drawn between the nodes as well, and s one
+    interval below it, so that f is trained at the times of every sampler; without, at the nodes alone, as in the paper.
+    Few intervals with a good solver suffer less from errors handed down from interval to interval than many.
     """
 
     intervals: int = 10

@@ -18,8 +18,8 @@ class KD:
     """
 
     distance: Distance = field(default_factory=L2)
-    pairs: int = 200_000
-    teacher_steps: int = 128
+    pairs: int = 100_000
+    teacher_steps: int = 64
     ema: float = 0.99
 
     def __call__(self, process: Process) -> Method:

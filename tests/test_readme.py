@@ -1,0 +1,191 @@
+"""The README, run: its Python blocks, its commands and flags, and the files it names."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddistill import Process, edm, from_nnx, sample
+from ddistill.cli import Distill, Quickstart, commands, main
+from ddistill.methods import METHODS
+from ddistill.net import DataPrecondition
+from ddistill.networks import MLP
+from ddistill.runs import load_experiment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = [
+    *("--network.width", "16", "--network.blocks", "1"),
+    *("--teacher.steps", "2", "--steps", "2", "--batch-size", "8"),
+]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+FILES = {m[1]: code for code in blocks("python") if (m := re.match(r"# file: (\S+)\n", code))}
+SNIPPETS = [code for code in blocks("python") if not code.startswith("# file:")]
+
+
+def command_lines():
+    """The shell commands, one list of words for each, without the variables before them."""
+    for block in blocks("bash"):
+        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+DDISTILL = [words for words in command_lines() if words[0] == "ddistill"]
+OTHERS = [words for words in command_lines() if words[0] != "ddistill"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the files that the README asks for, and experiments/."""
+    for name, code in FILES.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_two_commands_come_first_and_ci_runs_them():
+    first_screen = README[: README.index("## ")]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("pip install . && ddistill quickstart", 'pip install ".[test]" && pytest -n 2'):
+        assert f"```bash\n{command}\n```" in first_screen
+    for part in ('pip install ".[test]"', "pytest -n 2", "ddistill quickstart"):
+        assert part in ci
+
+
+def test_commands_are_known():
+    assert {words[0] for words in OTHERS} == {"pip", "pytest"}
+    assert {words[1] for words in DDISTILL} == {"quickstart", "distill", "sample", "evaluate", "bench"}
+
+
+@pytest.mark.parametrize("words", DDISTILL, ids=" ".join)
+def test_every_command_line_parses(words, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "run", lambda command, flags: seen.append((command, flags)))
+    assert main(words[1:]) == 0
+    ((command, flags),) = seen
+    if isinstance(command, Distill) and flags == ["--help"]:
+        with pytest.raises(SystemExit) as exit:
+            load_experiment(command.experiment, flags)
+        assert exit.value.code == 0
+    elif isinstance(command, Distill):
+        load_experiment(command.experiment, flags)  # exits for an unknown flag
+    else:
+        assert not flags or isinstance(command, Quickstart)
+
+
+def test_flags_and_calls_in_the_text_exist(folder):
+    # Inline: `ddistill methods`, `--fsdp 4`. Those in the tables and paragraphs belong to distill, except tpu_setup's.
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE))
+    for text in inline:
+        if text.startswith("--") and text != "--help":
+            load_experiment(ROOT / "experiments" / "digits_kd.py", [*text.split(), *_value_for(text)])
+        if text.startswith("process."):
+            assert callable(getattr(edm(), re.match(r"process\.(\w+)", text)[1]))
+        if text.startswith("x0_from_"):
+            assert callable(getattr(Process, text))
+        if text.startswith("ddistill ") and len(text.split()) == 2:
+            assert text.split()[1] in {"methods", "quickstart"}
+    subprocess.run(["bash", str(ROOT / "tpu_setup.sh"), "--help"], check=True, capture_output=True)
+
+
+def _value_for(text):
+    return ["0.6"] if text == "--network.precondition.sigma-data" else []
+
+
+def test_the_table_of_methods_is_that_of_the_package():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    done = {name: (paper, file) for name, _, paper, file, status in rows if status == "done, tested"}
+    assert done.keys() == METHODS.keys()
+    for name, (paper, file) in done.items():
+        assert METHODS[name].file in file
+        assert METHODS[name].paper.split("arXiv:")[1] in paper
+    planned = {name: file for name, _, _, file, status in rows if status == "planned"}
+    assert len(done) + len(planned) == len(rows) == 10
+    assert set(planned.values()) == {"–"}
+
+
+def test_linked_and_listed_files_exist():
+    links = [t.replace("\\_", "_") for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith("http")]
+    layout = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", README[README.index("## Layout") :], re.MULTILINE)
+    listed = [path for cell in layout for path in re.findall(r"`([^`]+)`", cell)]
+    assert len(links) > 5 and len(listed) > 20
+    missing = [path for path in [*links, *listed] if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_writing_a_method_takes_under_forty_lines():
+    assert len(FILES["training.py"].splitlines()) < 40
+
+
+def test_example_is_consistency_training():
+    # The loss of Song et al. 2023, eq. 10, from scratch: same noise at both times, no gradient through the earlier one.
+    namespace = {}
+    exec(compile(FILES["training.py"], "training.py", "exec"), namespace)
+    process = edm()
+    method = namespace["ConsistencyTraining"](intervals=1)(process)
+    with jax.enable_x64(False):
+        module = MLP(3, 8, 1, rngs=_rngs())
+    net = from_nnx(module, process, DataPrecondition())
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    # With one interval t = t_max, s = 0, and f(x_0, 0) = x0: the distance of the student's data estimate to the data.
+    loss, _ = method.losses["student"]({"student": net}, {"x": x0}, jnp.zeros(()), jax.random.key(3))
+    noise = jax.random.normal(jax.random.split(jax.random.key(3))[1], x0.shape)
+    estimate = net(x0 + 80 * noise, 80.0, None, s=0.0)
+    c = 0.00054 * np.sqrt(3)
+    expected = np.mean(np.sqrt(np.sum((np.asarray(estimate) - np.asarray(x0)) ** 2, axis=1) + c**2) - c) / 80
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    # A second interval: the target is the student at the inner node, seen as a constant.
+    two = namespace["ConsistencyTraining"](intervals=2)(process)
+    gradient = jax.grad(
+        lambda p: two.losses["student"]({"student": net.replace(params=p)}, {"x": x0}, jnp.zeros(()), jax.random.key(4))[0]
+    )(net.params)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    assert any(np.any(g != 0) for g in jax.tree.leaves(gradient))
+
+
+def _rngs():
+    from flax import nnx
+
+    return nnx.Rngs(0)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_run_as_experiments(name, folder):
+    flags = [*TINY, "--data.count", "64", "--method.pairs", "16", "--method.teacher-steps", "2"]
+    flags = flags if name == "moons.py" else [*TINY, "--method.intervals", "4"]
+    assert main(["distill", name, "--workdir", "run", *flags]) == 0
+    assert main(["sample", "run", "--out", "x.npz", "--n", "4"]) == 0
+    assert np.all(np.isfinite(np.load("x.npz")["x"]))
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: re.sub(r"\W+", " ", code.split("from ddistill")[-1][:40]))
+def test_snippets_run(code, folder, capsys):
+    if 'open_run("quickstart")' in code:
+        assert main(["distill", "experiments/digits_consistency.py", "--workdir", "quickstart", *TINY]) == 0
+    namespace = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), namespace)
+    if "exact" in namespace:
+        errors = [float(e) for e in re.findall(r"network calls, error ([\d.]+)", capsys.readouterr().out)]
+        assert len(errors) == 3 and errors[0] > errors[1] > 0 and errors[0] > errors[2] > 0
+    if "brightness" in namespace:
+        assert namespace["brightness"].shape == (10, 8, 8, 1) and int(namespace["nfe"]) == 2
+    if "stages" in namespace:
+        process, student = namespace["process"], namespace["student"]
+        noise = process.prior(jax.random.key(5), (2000, 2))
+        x = sample.sample(student, process, [1.0, 0.0], noise).x
+        assert np.std(np.asarray(x)[:, 0]) > 2 * np.std(np.asarray(x)[:, 1])  # the data's are 1 and .2
