@@ -40,7 +40,7 @@ def imported(path):
             continue
         for name in names:
             if name.split(".")[0] == "ddistill":
-                yield node.lineno, (name.split(".") + [""])[1]
+                yield node.lineno, name.partition(".")[2].partition(".")[0]
 
 
 def test_every_module_has_its_place_on_the_line():
@@ -61,7 +61,7 @@ def test_imports_point_along_the_line_and_never_back():
 
 def test_the_line_is_seen_by_the_parser(tmp_path):
     path = tmp_path / "m.py"
-    path.write_text("import ddistill\nfrom ddistill import grids, cli\ndef f():\n    from ddistill.net import Net\nimport jax\n")
+    path.write_text("import ddistill\nfrom ddistill import grids, cli\ndef f():\n    from ddistill.net import Net\n")
     assert sorted(imported(path)) == [(1, ""), (2, "cli"), (2, "grids"), (4, "net")]
 
 
