@@ -142,4 +142,6 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _name(value: Any) -> str:
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    module = named.__module__
+    # Classes of an experiment file: its copy in the run's folder has another name and gives the same experiment.
+    return f"{'experiment' if module.startswith('ddistill_experiment_') else module}.{named.__qualname__}"

@@ -18,7 +18,7 @@ from ddistill.process import edm, flow, trig, vp
 from ddistill.sample import sample
 
 C = 0.5
-SIMPLE = Consistency(intervals=18, max_intervals=18, weighted=False, distance=L2(), between=False)
+SIMPLE = Consistency(intervals=18, max_intervals=18, solver_steps=1, weighted=False, distance=L2(), between=False)
 
 
 def gaussian_teacher(process):
@@ -59,21 +59,34 @@ def test_the_exact_map_with_an_exact_solver_has_no_loss(process, between):
     config = dataclasses.replace(SIMPLE, solver=exact_solver(process), between=between)
     assert loss_of(config, process, exact_student(process)) < 1e-10
     doubled = Net({}, {}, lambda *a, **k: 2 * exact_student(process).apply(*a, **k))
-    assert loss_of(config, process, doubled) < 1e-9  # consistent with itself …
-    bent = Net({}, {}, lambda p, r, x, t, c, **k: (1 + 0.1 * t[:, None]) * doubled.apply(p, r, x, t, c, **k))
-    assert loss_of(config, process, bent) > 1e-4  # … and this is not
+    # Consistent with itself, but for f(x, 0) = x: the last interval of 18 is left with E ‖2 x − x‖²/d = c².
+    assert float(loss_of(config, process, doubled, batch=8192)) == pytest.approx(C**2 / 18, rel=0.25)
+
+    def bent(p, r, x, t, c, **k):
+        return (1 + t[:, None] / process.t_max) * exact_student(process).apply(p, r, x, t, c, **k)
+
+    assert loss_of(config, process, Net({}, {}, bent)) > 1e-4  # meets the boundary, but not itself
 
 
 @pytest.mark.parametrize(
-    ("n", "solver", "ratio"), [(18, euler, 0.8461), (40, euler, 0.9297), (18, heun, 1.0553), (40, heun, 1.0098)]
+    ("n", "steps", "solver", "ratio"),
+    [
+        (18, 1, euler, 0.8461),
+        (18, 2, euler, 0.9198),
+        (40, 1, euler, 0.9297),
+        (18, 1, heun, 1.0553),
+        (40, 1, heun, 1.0098),
+    ],
 )
-def test_the_fixed_point_of_a_linear_student_is_the_product_of_the_solvers_factors(n, solver, ratio):
-    process, config = edm(), dataclasses.replace(SIMPLE, intervals=n, max_intervals=n, solver=solver)
-    nodes = np.asarray(grids.karras(process, n))
+def test_the_fixed_point_of_a_linear_student_is_the_product_of_the_solvers_factors(n, steps, solver, ratio):
+    process = edm()
+    config = dataclasses.replace(SIMPLE, intervals=n, max_intervals=n, solver=solver, solver_steps=steps)
+    # Steps within the intervals are intervals of a finer grid of the same kind; the last, from t_min to 0, has one.
+    nodes = np.asarray(grids.karras(process, steps * (n - 1) + 1))
     intervals = jnp.asarray(np.stack([nodes[:-1], nodes[1:]]))
-    one = solver(gaussian_teacher(process).bind(), process, intervals, jnp.ones((n, 1)))
+    one = solver(gaussian_teacher(process).bind(), process, intervals, jnp.ones((len(nodes) - 1, 1)))
     slopes = np.append(np.cumprod(np.asarray(one.x[:, 0], np.float64)[::-1])[::-1], 1.0)
-    table = jnp.asarray(slopes[::-1].copy(), jnp.float32), jnp.asarray(nodes[::-1].copy(), jnp.float32)
+    table = [jnp.asarray(np.append(a[:-1:steps], a[-1])[::-1].copy(), jnp.float32) for a in (slopes, nodes)]
     student = Net({}, {}, lambda p, r, x, t, c, **k: x * jnp.interp(t, table[1], table[0])[:, None])
     assert loss_of(config, process, student) < 1e-10
     # Against the exact slope c/√(c² + T²): the solver's bias, known in closed form for Euler.

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -47,7 +46,7 @@ def test_exact_samples_score_about_the_floor(by):
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_samples_of_one_mode_recall_one_and_miss_the_weights_of_the_rest(by, k):
-    scores = by(MIXTURE.sample(jax.random.key(4), N, jnp.full(N, k)))
+    scores = by(np.asarray(MIXTURE.means)[k] + 0.02 * np.random.default_rng(0).standard_normal((N, 2)))
     assert scores["recall"] == pytest.approx(1 / 3)
     assert scores["weights"] == pytest.approx(math.log(1 / WEIGHTS[k]), rel=1e-5)
     assert scores["precision"] > 0.95
@@ -71,11 +70,12 @@ def test_samples_far_off_or_not_finite_are_no_use(by):
     good = by(x)["precision"]
     x[::2] = np.nan
     x[1] = np.inf
-    scores = by(x, x * 0)
+    scores = by(x, np.zeros_like(x))
     assert all(np.isfinite(v) for v in scores.values())
     assert scores["precision"] == pytest.approx(good / 2, rel=0.05)
     assert scores["sw2"] > 1e5 and scores["ll_gap"] > 1e5
-    assert by(np.zeros_like(x) + 50)["precision"] == 0 == by(np.zeros_like(x) + 50)["recall"]
+    far = by(np.full_like(x, 50.0))
+    assert far["precision"] == far["recall"] == 0
 
 
 def test_the_log_likelihood_gap_of_a_shifted_gaussian():
@@ -123,7 +123,7 @@ def problem(tmp_path_factory):
     return bench.problem(str(path), samples=200)
 
 
-TINY = bench.Recipe(MLPNetwork(width=16, blocks=1), batch_size=64, fit_steps=300, steps=20)
+TINY = bench.Recipe(MLPNetwork(width=16, blocks=1), batch_size=64, fit_steps=100, steps=20)
 
 
 def test_reference_rows_approach_the_exact_map(problem):

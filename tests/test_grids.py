@@ -82,6 +82,16 @@ def test_karras_is_one_grid_in_rho_for_every_process(x64, proc):
     np.testing.assert_allclose(proc.rho(grids.karras(proc, 9, final=None)), same, rtol=1e-6)
 
 
+@pytest.mark.parametrize("proc", [FLOW, process.cosine(), process.trig()], ids=str)
+@pytest.mark.parametrize("name", ["karras", "exponential", "log_snr_uniform"])
+def test_where_nothing_of_the_data_is_left_a_grid_in_rho_begins_at_1000(x64, proc, name):
+    grid = CONTINUOUS[name](proc, 9)
+    # The same nodes as on an EDM process that ends at 1000, but for the first, which is t_max itself.
+    same = CONTINUOUS[name](process.edm(float(proc.rho(proc.t_min)), process.LARGEST_RHO), 9)
+    assert grid[0] == proc.t_max and np.all(np.diff(grid) < 0)
+    np.testing.assert_allclose(proc.rho(grid[1:-1]), same[1:-1], rtol=1e-6)
+
+
 def test_log_snr_uniform_is_uniform(x64):
     proc = process.vp()
     lam = np.asarray(proc.half_log_snr(grids.log_snr_uniform(proc, 12)))
@@ -132,7 +142,6 @@ def test_grids_are_concrete_inside_jit():
         (lambda: grids.uniform(EDM, 0), "n = 0"),
         (lambda: grids.karras(EDM, 2.5), "n = 2.5"),
         (lambda: grids.karras(EDM, 4, rho=0), "rho"),
-        (lambda: grids.karras(FLOW, 4), "noise-to-signal"),
         (lambda: grids.karras(EDM, 4, end=0.0), "noise-to-signal"),
         (lambda: grids.uniform(EDM, 4, start=90.0), "outside"),
         (lambda: grids.uniform(EDM, 4, start=1.0, end=2.0), "noisier"),

@@ -250,7 +250,7 @@ def test_the_students_stage_sees_the_guided_teacher_and_trains_without_dropped_l
 
 
 def test_pairs_for_a_method_that_learns_from_them_are_trajectories_of_the_guided_teacher():
-    e = dataclasses.replace(TINY, method=KD(pairs=16, teacher_steps=6), guidance=2.0, batch_size=16)
+    e = dataclasses.replace(TINY, method=KD(pairs=16, teacher_steps=24), guidance=2.0, batch_size=16)
     data = e.data.load()
     net = e.network.build(data, e.process, jax.random.key(0))
     _, student_stage = stages(e, data)
