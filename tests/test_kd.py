@@ -75,8 +75,9 @@ def test_labels_reach_the_student():
         seen.append((cond, t, s))
         return x
 
-    labels = jnp.asarray([2, 0, 1])
-    loss_of(edm(), Net({}, {}, student), {"noise": jnp.ones((3, 2)), "x": jnp.ones((3, 2)), "cond": labels})
+    labels, loss = jnp.asarray([2, 0, 1]), KD()(edm()).losses["student"]
+    batch = {"noise": jnp.ones((3, 2)), "x": jnp.ones((3, 2)), "cond": labels}
+    loss({"student": Net({}, {}, student)}, batch, jnp.asarray(0), jax.random.key(0))
     cond, t, s = seen[0]
     np.testing.assert_array_equal(cond, labels)
     np.testing.assert_array_equal(np.stack([t, s]), [[80.0] * 3, [0.0] * 3])

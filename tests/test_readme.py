@@ -138,17 +138,19 @@ def test_example_is_consistency_training():
     namespace = {}
     exec(compile(FILES["training.py"], "training.py", "exec"), namespace)
     process = edm()
-    loss = namespace["ConsistencyTraining"](intervals=2)(process).losses["student"]
+    loss = namespace["ConsistencyTraining"](intervals=3)(process).losses["student"]
     net = from_nnx(MLP(3, 8, 1, rngs=nnx.Rngs(0)), process, EDMPrecondition())
-    x0 = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x0 = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     key = jax.random.key(4)
     value, gradient = jax.value_and_grad(
         lambda p: loss({"student": net.replace(params=p)}, {"x": jnp.asarray(x0)}, jnp.zeros(()), key)[0]
     )(net.params)
 
     k_i, k_noise = jax.random.split(key)
-    t, s = np.float32([80.0, 0.002])[i := np.asarray(jax.random.randint(k_i, (6,), 0, 2))], np.float32([0.002, 0.0])[i]
-    assert set(i) == {0, 1}
+    i = np.asarray(jax.random.randint(k_i, (8,), 0, 3))
+    assert set(i) == {0, 1, 2}
+    middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7  # Karras et al. 2022, eq. 5
+    t, s = np.float32([80, middle, 0.002])[i], np.float32([middle, 0.002, 0])[i]
     noise = np.asarray(jax.random.normal(k_noise, x0.shape))
     at_s = x0 + s[:, None] * noise
     target = np.where(s[:, None] == 0, at_s, np.asarray(net(at_s, s, None, s=0.0)))  # f(x, 0) = x

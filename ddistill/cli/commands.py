@@ -168,12 +168,15 @@ def _digits(opened: Opened) -> Digits:
 
 def _judge(digits: Digits, opened: Opened, plan: Sequence[judged.Sampler], file: Path | None) -> None:
     rows: list[Row] = []
-    names = ("sampler", "NFE", "accuracy", "Fréchet", "precision", "recall", "ms/image")
-    table = Table(*names, caption="from the same noise and labels; Fréchet, precision, recall: against training scans")
+    names = ("sampler", "NFE", "accuracy", "Fréchet", "to held-out", "precision", "recall", "ms/image")
+    caption = (
+        "from the same noise and labels; Fréchet, precision, recall against the training scans; Fréchet to held-out"
+    )
+    table = Table(*names, caption=caption)
     with Live(table, console=_console(), refresh_per_second=2):
         for row in judged.evaluate(digits, opened.experiment.process, plan):
             rows.append(row)
-            digits_of = (None, "d", ".3f", ".2f", ".3f", ".3f", ".3f")
+            digits_of = (None, "d", ".3f", ".2f", ".2f", ".3f", ".3f", ".3f")
             table.add_row(*(_cell(v, f) for v, f in zip(row.values(), digits_of, strict=True)))
     if file is not None:
         _write_json(file, {"rows": rows})

@@ -66,6 +66,8 @@ def evaluate(
 ) -> Iterator[Row]:
     """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, ms_per_image.
 
+    frechet_held_out is the distance to the held-out scans, which no network saw; the training scans themselves are at
+    the floor's distance from them. A sampler far below the floor in `frechet` and not in this has learned its scans.
     count: images per sampler. Times are those of a second call, without compilation.
     """
     classify = fit_digit_classifier(digits.train_x, digits.train_labels)
@@ -77,6 +79,7 @@ def evaluate(
             "nfe": nfe,
             "accuracy": classifier_accuracy(classify, x, labels),
             "frechet": frechet(x, digits.train_x) / digits.variance,
+            "frechet_held_out": None if nfe is None else frechet(x, digits.held_out_x) / digits.variance,
             "precision": precision,
             "recall": recall,
             "ms_per_image": ms,
