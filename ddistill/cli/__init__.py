@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a teacher on scanned digits, distil it, and put pictures and numbers beside each other: two minutes.
+    """Train a teacher on scanned digits, distil it, and put pictures and numbers beside each other: minutes.
 
     Any field of the experiment can be set as for `ddistill distill`, --network.width 128 for example.
     """

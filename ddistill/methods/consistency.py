@@ -11,7 +11,6 @@ from jax import Array
 from ddistill.integrators import heun
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.methods.base import Method, Sampling, from_teacher
-from ddistill.net import frozen
 from ddistill.process import LARGEST_RHO, Process
 
 
@@ -56,7 +55,7 @@ class Consistency:
             x_s = self.solver(nets["teacher"].bind(cond), process, jnp.stack([*nodes, s]), x_t).x
             # One key for both branches: dropout must not differ between them.
             f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
-            f_s = frozen(nets[target]).jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
+            f_s = nets[target].jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
             weight = 1 / (_bounded_rho(process, t) - _bounded_rho(process, s)) if self.weighted else 1.0
             distance = self.distance(f_t, jax.lax.stop_gradient(f_s))
             return jnp.mean(weight * distance), {"intervals": n, "distance": jnp.mean(distance)}
