@@ -85,6 +85,7 @@ class RunLog:
     def start(self, stage: str, first: int, steps: int) -> None:
         """Begin a stage at step `first` of `steps`."""
         self._stage, self._first, self._steps = stage, first, steps
+        self._loss = math.nan  # the last one known was another stage's
         self._begin = self._told = time.monotonic()
         if self._writes and sys.stderr.isatty():
             from rich.console import Console
