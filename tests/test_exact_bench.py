@@ -123,7 +123,7 @@ def problem(tmp_path_factory):
     return bench.problem(str(path), samples=200)
 
 
-TINY = bench.Recipe(MLPNetwork(width=16, blocks=1), batch_size=64, fit_steps=100, steps=20)
+TINY = bench.Recipe(MLPNetwork(width=32, blocks=2), batch_size=128, fit_steps=500, steps=20)
 
 
 def test_reference_rows_approach_the_exact_map(problem):
