@@ -15,7 +15,7 @@ from flax import nnx
 
 from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.losses.times import LogNormal
-from ddistill.methods.base import Method
+from ddistill.methods.base import Made
 from ddistill.methods.denoising import Denoising
 from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx
 from ddistill.networks import MLP
@@ -137,7 +137,7 @@ class Experiment:
     """A teacher, and a method that distils it. Seeds fix everything that is random."""
 
     name: str
-    method: Callable[[Process], Method]
+    method: Callable[[Process], Made]
     data: Dataset = field(default_factory=DigitsData)
     process: Process = field(default_factory=edm)
     network: Architecture = field(default_factory=MLPNetwork)

@@ -261,6 +261,50 @@ def guided(net: Net, w: Array | float, null: PyTree, interval: tuple[float, floa
     return Net(net.params, rest, _Guided(net.apply, interval))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scaled:
+    """A condition together with a guidance scale w [B], for networks that embed w: a student of guided teachers."""
+
+    cond: PyTree
+    w: Array
+
+
+@dataclass(frozen=True)
+class _TwoWay:
+    down: Apply
+    up: Apply
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        if s is None:
+            raise ValueError("a two-way network must know the time s it jumps to")
+
+        def go(apply, way):
+            return lambda x: apply(params[way], rest[way], x, t, cond, s=s, key=key)
+
+        return jax.lax.cond(s[0] > t[0], go(self.up, "up"), go(self.down, "down"), x)
+
+
+def two_way(down: Net, up: Net) -> Net:
+    """Two students as one: `down` jumps to less noise, `up` to more. All samples of a call must go the same way."""
+    params, rest = {"down": down.params, "up": up.params}, {"down": down.rest, "up": up.rest}
+    return Net(params, rest, _TwoWay(down.apply, up.apply))
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    apply: Apply
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        del s
+        return self.apply(params, rest, x, t, cond, s=t, key=key)
+
+
+def diagonal(net: Net) -> Net:
+    """A student as the teacher it holds, g(x, t, t) = E[x0 | x_t = x], for every integrator (Kim et al. 2024, sec. 3)."""
+    return Net(net.params, net.rest, _Diagonal(net.apply))
+
+
 @dataclass(frozen=True)
 class _Retimed:
     apply: Apply

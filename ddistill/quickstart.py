@@ -17,7 +17,7 @@ def experiment() -> Experiment:
             optimizer=Optimizer(learning_rate=4e-3),
         ),
         # Many short intervals with one teacher step in each: half the cost of the defaults, which take few long ones.
-        method=Consistency(intervals=10, max_intervals=160, growth_steps=3500, solver_steps=1, ema=0.999),
+        method=Consistency(intervals=10, max_intervals=160, solver_steps=1, ema=0.999),
         steps=3500,
         optimizer=Optimizer(learning_rate=1.5e-3),
         batch_size=128,

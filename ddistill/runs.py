@@ -22,9 +22,11 @@ from ddistill.config import Data, Experiment
 from ddistill.data import Source
 from ddistill.data.pairs import teacher_pairs
 from ddistill.log import Log, RunLog
+from ddistill.methods.base import Pairs
 from ddistill.net import Net, guided
 from ddistill.overrides import describe, differences, override
-from ddistill.stages import Stage, run
+from ddistill.process import Process
+from ddistill.stages import Stage, run, stages_of
 from ddistill.version import version
 
 
@@ -76,39 +78,47 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: st
 
 
 def stages(experiment: Experiment, data: Data) -> list[Stage]:
-    """The stages of an experiment: "teacher", denoising on the data, and "student", the method on that teacher.
+    """The stages of an experiment: "teacher", denoising on the data, and those of the method on that teacher.
 
     The method's losses, and teacher pairs where it asks for them and the data has none, see the guided teacher. Raises
     ValueError for guidance of a teacher without classes.
     """
-    process, e = experiment.process, experiment
-    method = e.method(process)
+    return [teacher_stage(experiment, data), *student_stages(experiment, data)]
+
+
+def teacher_stage(experiment: Experiment, data: Data) -> Stage:
+    """The stage that trains the teacher."""
+    e = experiment
+    return Stage(
+        "teacher", e.teacher.method(e.process), e.teacher.steps,
+        source=lambda _: data.source(e.batch_size, e.seed, e.teacher.unlabelled),
+        optimizer=e.teacher.optimizer.build, accumulate=e.accumulate,
+    )  # fmt: skip
+
+
+def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
+    """The stages that distil the teacher."""
+    e = experiment
     if e.guidance != 1 and not data.num_classes:
         raise ValueError(f"guidance = {e.guidance} needs classes, and the data has none: leave guidance at 1")
 
     def guide(teacher: Net) -> Net:
         return teacher if e.guidance == 1 else guided(teacher, e.guidance, np.int32(data.num_classes))
 
-    def student_source(teacher: Net) -> Source:
-        if method.pairs is None or "noise" in data.arrays:
+    def from_pairs(teacher: Net, process: Process, wanted: Pairs) -> Source:
+        if "noise" in data.arrays:
             return data.source(e.batch_size, e.seed, 0.0)
         arrays = teacher_pairs(
-            guide(teacher), process, jax.random.key(e.seed), method.pairs.count, data.shape,
-            steps=method.pairs.steps, num_classes=data.num_classes,
+            teacher, process, jax.random.key(e.seed), wanted.count, data.shape, steps=wanted.steps,
+            integrator=wanted.integrator, points=wanted.points, num_classes=data.num_classes,
         )  # fmt: skip
         return dataclasses.replace(data, arrays=arrays).source(e.batch_size, e.seed, 0.0)
 
-    return [
-        Stage(
-            "teacher", e.teacher.method(process), e.teacher.steps,
-            source=lambda _: data.source(e.batch_size, e.seed, e.teacher.unlabelled),
-            optimizer=e.teacher.optimizer.build, accumulate=e.accumulate,
-        ),
-        Stage(
-            "student", method, e.steps,
-            source=student_source, optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate,
-        ),
-    ]  # fmt: skip
+    return stages_of(
+        e.method(e.process), e.process, e.steps,
+        data=lambda: data.source(e.batch_size, e.seed, 0.0), pairs=from_pairs,
+        optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate,
+    )  # fmt: skip
 
 
 def distil(
@@ -192,7 +202,7 @@ def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
 def _run(experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None) -> Result:
     key = jax.random.key(experiment.seed)
     network = experiment.network.build(data, experiment.process, jax.random.fold_in(key, 0))
-    teacher, student = run(
+    teacher, *_, student = run(
         plan, network, jax.random.fold_in(key, 1),
         mesh=sharding.make_mesh(experiment.fsdp), log=log, workdir=workdir,
         log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,

@@ -13,6 +13,11 @@ from ddistill.net import Net
 from ddistill.process import Process
 
 
+def matched_noise(x: Array, source: Process, target: Process) -> Array:
+    """Noise at the start of one process as noise at the start of another: σ(t_max) ε with the same ε."""
+    return x * (target.sigma(target.t_max) / source.sigma(source.t_max)).astype(x.dtype)
+
+
 def sample(
     student: Net,
     process: Process,

@@ -11,8 +11,9 @@ from ddistill import sharding
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.log import Log, Silent
-from ddistill.methods.base import Method, Metrics
-from ddistill.net import Net
+from ddistill.methods.base import Made, Method, Metrics, Pairs, rounds, split_steps
+from ddistill.net import Net, retime, two_way
+from ddistill.process import Process
 from ddistill.train import State, Trainer, make_trainer
 
 
@@ -20,9 +21,10 @@ from ddistill.train import State, Trainer, make_trainer
 class Stage:
     """Train `method` for `steps` batches of source(teacher).
 
-    source: from the stage's teacher (for methods that learn from pairs it makes) to batches by step. optimizer: from
-    the number of a network's updates to its transformation. guide: what the losses see as "teacher", the guided one for
-    example; networks start from the unguided one.
+    source: from the teacher that the losses see (for methods that learn from pairs it makes) to batches by step.
+    optimizer: from the number of a network's updates to its transformation. guide: what the losses see as "teacher",
+    the guided one for example; networks start from the unguided one. enter: carries either into the method's process.
+    round: its number, for the losses. Stages of the same method, steps and optimizer share one compilation.
     """
 
     name: str
@@ -30,8 +32,47 @@ class Stage:
     steps: int
     source: Callable[[Net], Source]
     optimizer: Callable[[int], optax.GradientTransformation]
+    enter: Callable[[Net], Net] = lambda teacher: teacher
     guide: Callable[[Net], Net] = lambda teacher: teacher
     accumulate: int = 1
+    round: int = 0
+
+
+def stages_of(
+    made: Made,
+    process: Process,
+    steps: int,
+    *,
+    data: Callable[[], Source],
+    pairs: Callable[[Net, Process, Pairs], Source],
+    optimizer: Callable[[int], optax.GradientTransformation],
+    guide: Callable[[Net], Net] = lambda teacher: teacher,
+    accumulate: int = 1,
+) -> list[Stage]:
+    """The stages of a method, one for each of its rounds, which share `steps` out.
+
+    process: the first teacher's. data: the batches of rounds without pairs. pairs: makes those of rounds with pairs,
+    from the teacher, in the student's process. guide: of the first round's teacher, in the teacher's own process; later
+    teachers are students of it.
+    """
+    parts = rounds(made)
+    stages = []
+    for i, (part, count) in enumerate(zip(parts, split_steps(parts, steps), strict=True)):
+        there = part.method.process or process
+
+        def enter(teacher: Net, source=process, target=there) -> Net:
+            return teacher if source == target else retime(teacher, source, target)
+
+        def see(teacher: Net, first=i == 0) -> Net:
+            return guide(teacher) if first else teacher
+
+        def batches(teacher: Net, wanted=part.method.pairs, target=there) -> Source:
+            return data() if wanted is None else pairs(teacher, target, wanted)
+
+        name = part.name if len(parts) == 1 else f"student-{part.name}"
+        stages.append(Stage(name, part.method, count, batches, optimizer, enter, see, accumulate, part.number))
+        process = there
+    return stages
 
 
 class DivergedError(FloatingPointError):
@@ -56,23 +97,35 @@ def run(
     """
     results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
+    last: tuple[Stage, Trainer] | None = None
     for i, stage in enumerate(stages):
-        teacher = results[-1] if results else first
-        optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
-        trainer = make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate)
-        nets, state = prepare(trainer, teacher, stage.guide(teacher), jax.random.fold_in(key, i))
+        before = results[-1] if results else first
+        teacher = stage.enter(before)
+        trainer = last[1] if last and _trains_alike(last[0], stage) else _trainer(stage, mesh)
+        last = stage, trainer
+        nets, state = prepare(trainer, teacher, stage.enter(stage.guide(before)), jax.random.fold_in(key, i))
         if workdir is None:
-            state = fit(trainer, state, nets, stage, teacher, log=log, log_every=log_every)
+            state = fit(trainer, state, nets, stage, log=log, log_every=log_every)
         else:
             with Checkpoints(workdir / "checkpoints" / stage.name) as checkpoints:
                 if checkpoints.latest() is not None:
                     state = checkpoints.restore(state)
                 state = fit(
-                    trainer, state, nets, stage, teacher, log=log, log_every=log_every,
+                    trainer, state, nets, stage, log=log, log_every=log_every,
                     checkpoints=checkpoints, checkpoint_every=checkpoint_every,
                 )  # fmt: skip
         results.append(result(trainer, state, nets))
     return results
+
+
+def _trainer(stage: Stage, mesh: jax.sharding.Mesh) -> Trainer:
+    optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
+    return make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate)
+
+
+def _trains_alike(a: Stage, b: Stage) -> bool:
+    same = a.method is b.method and a.optimizer == b.optimizer
+    return same and (a.steps, a.accumulate) == (b.steps, b.accumulate)
 
 
 def prepare(trainer: Trainer, teacher: Net, guided: Net, key: jax.Array) -> tuple[dict[str, Net], State]:
@@ -86,10 +139,15 @@ def prepare(trainer: Trainer, teacher: Net, guided: Net, key: jax.Array) -> tupl
 
 def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
     """The network that samples after training: the method's `result`, a network or an average."""
-    name = trainer.method.result
-    if name in state.params:
-        return nets[name].replace(params=state.params[name])
-    return nets[trainer.method.ema[name][0]].replace(params=state.ema[name])
+
+    def named(name: str) -> Net:
+        if name in state.params:
+            return nets[name].replace(params=state.params[name])
+        return nets[trainer.method.ema[name][0]].replace(params=state.ema[name])
+
+    method = trainer.method
+    forth = named(method.result)
+    return forth if method.inverse is None else two_way(forth, named(method.inverse))
 
 
 def fit(
@@ -97,7 +155,6 @@ def fit(
     state: State,
     nets: dict[str, Net],
     stage: Stage,
-    teacher: Net,
     *,
     log: Log | None = None,
     log_every: int = 50,
@@ -114,7 +171,7 @@ def fit(
     begin = int(state.step)
     if begin >= stage.steps:
         return state
-    source = stage.source(teacher)
+    source = stage.source(nets["teacher"])
     log.start(stage.name, begin, stage.steps)
     waiting: tuple[int, Metrics] | None = None
     try:
@@ -123,7 +180,9 @@ def fit(
             if step == begin:
                 _check_needs(stage, batch)
             turn = trainer.method.turn(step)
-            state, metrics = trainer.step(state, nets, sharding.put_batch(trainer.mesh, batch), turn)
+            state, metrics = trainer.step(
+                state, nets, sharding.put_batch(trainer.mesh, batch), turn, stage.steps, stage.round
+            )
             done = step + 1
             if done % log_every == 0 or done == stage.steps:
                 _report(log, stage, waiting)

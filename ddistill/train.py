@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ddistill import sharding
-from ddistill.methods.base import Batch, Method, Metrics
+from ddistill.methods.base import Batch, Method, Metrics, Progress
 from ddistill.net import Net
 
 PyTree = Any
@@ -47,16 +47,16 @@ class State:
 class Trainer:
     """A method bound to optimisers and a mesh. Make one with `make_trainer`.
 
-    init(nets, key) -> State. step(state, nets, batch, turn) -> (State, metrics): compiled once for each distinct turn;
-    donates state; `nets` are the networks whose params the state does not hold, the teacher above all, and the code and
-    buffers of those it does.
+    init(nets, key) -> State. step(state, nets, batch, turn, steps=1, round=0) -> (State, metrics): compiled once for
+    each distinct turn; donates state; `nets` are the networks whose params the state does not hold, the teacher above
+    all, and the code and buffers of those it does; steps and round are what the losses see in their `Progress`.
     """
 
     method: Method
     mesh: Mesh
     start: Callable[[Net, Array], dict[str, Net]]
     init: Callable[[Nets, Array], State]
-    step: Callable[[State, Nets, Batch, tuple[str, ...]], tuple[State, Metrics]]
+    step: Callable[..., tuple[State, Metrics]]
 
 
 def make_trainer(
@@ -97,7 +97,9 @@ def make_trainer(
         shapes = jax.eval_shape(build, params, key)
         return jax.jit(build, out_shardings=sharding.state_shardings(mesh, shapes))(params, key)
 
-    def step(state: State, nets: Nets, batch: Batch, turn: tuple[str, ...]) -> tuple[State, Metrics]:
+    def step(
+        state: State, nets: Nets, batch: Batch, turn: tuple[str, ...], progress: Progress
+    ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         current = dict(nets)
         for name in method.losses:
@@ -110,7 +112,7 @@ def make_trainer(
         for name in turn:
 
             def loss(p, part, key, name=name):
-                return method.losses[name]({**current, name: current[name].replace(params=p)}, part, state.step, key)
+                return method.losses[name]({**current, name: current[name].replace(params=p)}, part, progress, key)
 
             grad, info = _gradient(loss, state.params[name], batch, key, accumulate)
             updates, opt[name] = guarded[name].update(grad, state.opt[name], state.params[name])
@@ -123,8 +125,8 @@ def make_trainer(
         after = dataclasses.replace(state, step=state.step + 1, params=params, opt=opt, ema=ema)
         return after, metrics | {"skipped": after.skipped(), "failing": after.failing()}
 
-    def pinned(state, nets, batch, turn):
-        state, metrics = step(state, nets, batch, turn)
+    def pinned(state, nets, batch, turn, steps=1, round=0):
+        state, metrics = step(state, nets, batch, turn, Progress(state.step, steps, round))
         return jax.lax.with_sharding_constraint(state, sharding.state_shardings(mesh, state)), metrics
 
     return Trainer(method, mesh, start, init, jax.jit(pinned, static_argnums=3, donate_argnums=0))

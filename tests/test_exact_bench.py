@@ -143,10 +143,10 @@ def test_a_student_is_fitted_distilled_and_judged(problem):
     rows = [bench.teacher_row(problem, net, "n", dpmpp_2m, 8) for net in (start, untrained)]
     assert rows[0]["endpoint"] < 0.7 * rows[1]["endpoint"]
     config = METHODS["consistency"].make(intervals=4, max_intervals=4)
-    rows = list(bench.student_rows(problem, "consistency", config(problem.process), start, 0, TINY))
+    rows = list(bench.student_rows(problem, "consistency", config(problem.process), start, 0, TINY, (1, 2, 4, 8)))
     assert [row["steps"] for row in rows] == [row["nfe"] for row in rows] == [1, 2, 4, 8]
     # Only one jump from the common noise has an exact end to be compared with.
     assert rows[0]["endpoint"] > 0 and all(row["endpoint"] is None for row in rows[1:])
     pairs = dataclasses.replace(METHODS["kd"].make(), pairs=128, teacher_steps=8)
-    (row,) = bench.student_rows(problem, "kd", pairs(problem.process), start, 0, TINY)
+    (row,) = bench.student_rows(problem, "kd", pairs(problem.process), start, 0, TINY, (1,))
     assert (row["steps"], row["nfe"]) == (1, 1) and 0 < row["endpoint"] < 2 and row["floor_sw2"] == problem.floor["sw2"]

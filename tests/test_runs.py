@@ -34,7 +34,7 @@ class Plane:
 
 TINY = Experiment(
     name="tiny",
-    method=Consistency(intervals=4, max_intervals=8, growth_steps=5, solver=euler),
+    method=Consistency(intervals=4, max_intervals=8, solver=euler),
     data=Plane(),
     network=MLPNetwork(width=8, blocks=1),
     teacher=Teacher(steps=3),
@@ -254,7 +254,7 @@ def test_pairs_for_a_method_that_learns_from_them_are_trajectories_of_the_guided
     data = e.data.load()
     net = e.network.build(data, e.process, jax.random.key(0))
     _, student_stage = stages(e, data)
-    batch = student_stage.source(net)(0)
+    batch = student_stage.source(student_stage.guide(net))(0)
     assert set(batch) == {"noise", "x", "cond"} and set(batch["cond"]) == {0, 1}
     # An untrained network answers c_skip x, for which the ODE ends at x_T s / sqrt(T² + s²), s = sigma_data.
     expected = batch["noise"] * 0.5 / np.hypot(edm().t_max, 0.5)

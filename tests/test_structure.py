@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
     {"process", "version", "sharding", "checkpoint", "log", "overrides"},
-    {"grids", "net", "networks", "losses"},
-    {"mixture", "integrators"},
+    {"grids", "net", "losses"},
+    {"mixture", "integrators", "networks", "lora"},
     {"sample", "methods", "data"},
     {"train", "config"},
     {"stages", "quickstart"},

@@ -27,7 +27,7 @@ def net(w):
     return Net({"w": jnp.asarray(w, jnp.float32)}, {}, linear)
 
 
-def regression(nets, batch, step, key):
+def regression(nets, batch, progress, key):
     noise = 0.1 * jax.random.normal(key, batch["x"].shape)
     return jnp.mean((nets["student"](batch["x"], 1.0) - nets["teacher"](batch["x"], 1.0) - noise) ** 2), {}
 
@@ -96,7 +96,7 @@ def test_a_network_out_of_turn_is_not_traced():
     traced = []
 
     def loss(name):
-        def f(nets, batch, step, key):
+        def f(nets, batch, progress, key):
             traced.append(name)
             return jnp.sum(nets[name].params["w"] ** 2), {}
 
@@ -140,7 +140,7 @@ def test_large_arrays_are_split_over_fsdp_and_batches_over_all_devices():
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
-    def loss(nets, batch, step, key):
+    def loss(nets, batch, progress, key):
         del key  # a part draws its own noise, so that only losses without any agree exactly
         return jnp.mean((nets["student"](batch["x"], 1.0) - nets["teacher"](batch["x"], 1.0)) ** 2), {}
 
@@ -151,9 +151,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
-    def loss(nets, batch, step, key):
-        value, info = regression(nets, batch, step, key)
-        return jnp.where(step == 2, jnp.nan, 1.0) * value, info
+    def loss(nets, batch, progress, key):
+        value, info = regression(nets, batch, progress, key)
+        return jnp.where(progress.step == 2, jnp.nan, 1.0) * value, info
 
     log = Silent()
     m = method(loss, ema={"ema": ("student", 0.5)})
@@ -169,7 +169,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
 
 
 def test_a_run_that_stays_non_finite_is_stopped_with_words():
-    def loss(nets, batch, step, key):
+    def loss(nets, batch, progress, key):
         return jnp.nan * jnp.sum(nets["student"].params["w"]), {}
 
     with pytest.raises(DivergedError, match="NaN or infinite.*Lower the learning rate"):

@@ -15,18 +15,19 @@ from jax import Array
 
 from ddistill import grids
 from ddistill.config import Data, MLPNetwork, Optimizer
+from ddistill.data import Source
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.mixture import Judge, floor, judge
 from ddistill.integrators import dpmpp_2m, euler, heun
 from ddistill.integrators.exact import flow_map
 from ddistill.losses.times import LogNormal
 from ddistill.methods import METHODS, Denoising
-from ddistill.methods.base import Method
+from ddistill.methods.base import Made, Pairs, home, sampling_of
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net
 from ddistill.process import Process, edm
-from ddistill.sample import sample
-from ddistill.stages import Stage, run
+from ddistill.sample import matched_noise, sample
+from ddistill.stages import Stage, run, stages_of
 
 Row = dict[str, Any]
 
@@ -117,31 +118,41 @@ def fitted_network(problem: Problem, seed: int, recipe: Recipe) -> Net:
     return run([stage], network, jax.random.fold_in(key, 1))[-1]
 
 
-def student_rows(problem: Problem, name: str, method: Method, start: Net, seed: int, recipe: Recipe) -> Iterator[Row]:
-    """Distil with one method, and judge the student at every number of steps it serves."""
+def distilled(problem: Problem, made: Made, start: Net, seed: int, recipe: Recipe) -> Net:
+    """The student of a method, distilled from the exact teacher and started at a network fitted to it."""
     key = jax.random.fold_in(jax.random.key(seed), 2)
 
-    def source(_):
-        if method.pairs is None:
-            return problem.data.source(recipe.batch_size, seed, 0.0)
-        pairs = teacher_pairs(
-            problem.teacher, problem.process, jax.random.fold_in(key, 0), method.pairs.count, problem.data.shape,
-            steps=method.pairs.steps,
-        )  # fmt: skip
-        return Data(pairs, problem.data.shape, 0).source(recipe.batch_size, seed, 0.0)
+    def data():
+        return problem.data.source(recipe.batch_size, seed, 0.0)
 
-    stage = Stage(name, method, recipe.steps, source, recipe.optimizer.build, guide=lambda _: problem.teacher)
-    begin = time.monotonic()
-    student = run([stage], start, jax.random.fold_in(key, 1))[-1]
-    wall = time.monotonic() - begin
-    for steps in METHODS[name].steps:
-        sampling = method.sampling
-        solution = sample(
-            student, problem.process, sampling.times(steps), problem.noise, jax.random.fold_in(key, 2),
-            gamma=sampling.gamma,
+    def pairs(teacher: Net, process: Process, wanted: Pairs) -> Source:
+        arrays = teacher_pairs(
+            teacher, process, jax.random.fold_in(key, 0), wanted.count, problem.data.shape,
+            steps=wanted.steps, integrator=wanted.integrator, points=wanted.points,
         )  # fmt: skip
-        exact = problem.exact if sampling.gamma == 0 or steps == 1 else None
-        yield _row(problem, name, steps, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
+        return Data(arrays, problem.data.shape, 0).source(recipe.batch_size, seed, 0.0)
+
+    plan = stages_of(
+        made, problem.process, recipe.steps,
+        data=data, pairs=pairs, optimizer=recipe.optimizer.build, guide=lambda _: problem.teacher,
+    )  # fmt: skip
+    return run(plan, start, jax.random.fold_in(key, 1))[-1]
+
+
+def student_rows(
+    problem: Problem, name: str, made: Made, start: Net, seed: int, recipe: Recipe, steps: Sequence[int]
+) -> Iterator[Row]:
+    """Distil with one method, and judge the student at several numbers of steps."""
+    begin = time.monotonic()
+    student = distilled(problem, made, start, seed, recipe)
+    wall = time.monotonic() - begin
+    process, sampling = home(made, problem.process), sampling_of(made)
+    noise = matched_noise(problem.noise, problem.process, process)
+    key = jax.random.fold_in(jax.random.key(seed), 3)
+    for n in steps:
+        solution = sample(student, process, sampling.times(n), noise, key, gamma=sampling.gamma)
+        exact = problem.exact if sampling.gamma == 0 or n == 1 else None
+        yield _row(problem, name, n, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
 
 
 def bench(names: Sequence[str], mixtures: Sequence[str], seeds: int) -> Iterator[Row]:
@@ -154,7 +165,8 @@ def bench(names: Sequence[str], mixtures: Sequence[str], seeds: int) -> Iterator
             start = fitted_network(case, seed, plan)
             yield teacher_row(case, start, "teacher/network", dpmpp_2m, 35, seed)
             for name in names:
-                yield from student_rows(case, name, METHODS[name].make()(case.process), start, seed, plan)
+                made = METHODS[name].make()(case.process)
+                yield from student_rows(case, name, made, start, seed, plan, METHODS[name].steps)
 
 
 def _row(problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: dict, wall: float) -> Row:

@@ -56,6 +56,8 @@ class Sample:
     """Of the noise."""
     gamma: Annotated[float | None, arg(metavar="FLOAT")] = None
     """0 jumps from time to time, 1 jumps to the data and adds noise again; by default as the method is meant to."""
+    guidance: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """The guidance scale, for students that take one; 1 is none."""
     teacher: bool = False
     """Sample from the teacher, with DPM-Solver++(2M), and not from the student."""
 

@@ -89,12 +89,12 @@ def sample(command: Sample) -> None:
     if command.label is not None:
         labels = jnp.full(command.n, command.label)
     if command.teacher:
-        if command.gamma is not None:
-            raise ValueError("--gamma belongs to the student's sampler: leave it out with --teacher")
+        if command.gamma is not None or command.guidance is not None:
+            raise ValueError("--gamma and --guidance belong to the student's sampler: leave them out with --teacher")
         sampler = judged.teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps, "teacher")
     else:
-        method = experiment.method(process)
-        sampler = judged.student_sampler(opened.student, process, method.sampling, command.steps, command.gamma)
+        made = experiment.method(process)
+        sampler = judged.student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
     x = np.asarray(sampler.draw(noise, labels, key).x)
     command.out.parent.mkdir(parents=True, exist_ok=True)
     if command.out.suffix == ".png":
@@ -153,8 +153,8 @@ def bench(command: Bench) -> None:
 
 def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:
     experiment = opened.experiment
-    sampling = experiment.method(experiment.process).sampling
-    return judged.samplers(opened.teacher, opened.student, experiment.process, sampling, steps)
+    made = experiment.method(experiment.process)
+    return judged.samplers(opened.teacher, opened.student, made, experiment.process, steps)
 
 
 def _digits(opened: Opened) -> Digits:

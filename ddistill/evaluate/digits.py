@@ -19,10 +19,10 @@ from ddistill import grids
 from ddistill.data.digits import Digits
 from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet, precision_recall
 from ddistill.integrators import Solution, euler, heun
-from ddistill.methods.base import Sampling
-from ddistill.net import Net
+from ddistill.methods.base import Made, home, sampling_of
+from ddistill.net import Net, Scaled
 from ddistill.process import Process
-from ddistill.sample import sample
+from ddistill.sample import matched_noise, sample
 
 Row = dict[str, Any]
 
@@ -43,21 +43,37 @@ def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps:
 
 
 def student_sampler(
-    student: Net, process: Process, sampling: Sampling, steps: int, gamma: float | None = None
+    student: Net, made: Made, process: Process, steps: int, gamma: float | None = None, guidance: float | None = None
 ) -> Sampler:
-    """A student with so many steps; gamma: other than its method's. Raises ValueError for steps it does not serve."""
+    """The student of a method with so many steps, from noise of the teacher's process.
+
+    gamma, guidance: other than the method's. Raises ValueError for steps that the student does not serve, and for a
+    guidance scale where it embeds none.
+    """
+    sampling, own = sampling_of(made), home(made, process)
+    if guidance is not None and sampling.guidance is None:
+        raise ValueError(
+            f"guidance = {guidance}: this student's guidance is built in; only students of `guidance` or "
+            "`lcm` take a scale when they sample"
+        )
     times = sampling.times(steps)
     gamma = sampling.gamma if gamma is None else gamma
-    draw = jax.jit(lambda net, x, cond, key: sample(net, process, times, x, key, gamma=gamma, cond=cond))
+    w = sampling.guidance if guidance is None else guidance
+
+    @jax.jit
+    def draw(net, x, cond, key):
+        given = cond if w is None else Scaled(cond, jnp.full(x.shape[:1], w))
+        return sample(net, own, times, matched_noise(x, process, own), key, gamma=gamma, cond=given)
+
     return Sampler("student", lambda noise, cond, key: draw(student, noise, cond, key))
 
 
 def samplers(
-    teacher: Net, student: Net, process: Process, sampling: Sampling, steps: Sequence[int] = (1, 2, 4)
+    teacher: Net, student: Net, made: Made, process: Process, steps: Sequence[int] = (1, 2, 4)
 ) -> list[Sampler]:
     """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student."""
     few = [teacher_sampler(teacher, process, euler, n, "teacher, Euler") for n in sorted(steps, reverse=True)]
-    students = [student_sampler(student, process, sampling, n) for n in sorted(steps)]
+    students = [student_sampler(student, made, process, n) for n in sorted(steps)]
     return [teacher_sampler(teacher, process, heun, 18, "teacher, Heun"), *few, *students]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ddistill.methods.base import Method
+from ddistill.methods.base import Made, Method, Round
 from ddistill.methods.consistency import Consistency
 from ddistill.methods.denoising import Denoising
 from ddistill.methods.kd import KD
@@ -14,7 +14,7 @@ from ddistill.process import Process
 class Entry:
     """A method of the table: its configuration (called with a process it gives a Method), and where it comes from."""
 
-    make: Callable[..., Callable[[Process], Method]]
+    make: Callable[..., Callable[[Process], Made]]
     title: str
     paper: str
     steps: tuple[int, ...]
@@ -31,4 +31,4 @@ METHODS = {
 }
 """Methods that make a student, by their name on the command line; `steps`: the numbers of sampling steps they serve."""
 
-__all__ = ["KD", "METHODS", "Consistency", "Denoising", "Entry", "Method"]
+__all__ = ["KD", "METHODS", "Consistency", "Denoising", "Entry", "Method", "Round"]

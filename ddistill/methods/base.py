@@ -1,33 +1,64 @@
 """What a method is: losses, initial networks, update ratios and averages; no training loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
+from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
+from ddistill.process import Process
 
 Batch = Mapping[str, Any]
 Metrics = Mapping[str, Array]
-Loss = Callable[[Mapping[str, Net], Batch, Array, Array], tuple[Array, Metrics]]
-"""loss(nets, batch, step, key) -> (scalar, metrics); differentiated with respect to the network it is named after."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Progress:
+    """Where training is: step number `step` of the `steps` of round number `round`. Traced, so that none recompiles."""
+
+    step: Array | int
+    steps: Array | int = 1
+    round: Array | int = 0
+
+    @property
+    def share(self) -> Array:
+        """The share of the round that is done, in [0, 1)."""
+        return jnp.asarray(self.step, jnp.float32) / self.steps
+
+
+Loss = Callable[[Mapping[str, Net], Batch, Progress, Array], tuple[Array, Metrics]]
+"""loss(nets, batch, progress, key) -> (scalar, metrics), differentiated by the network it is named after."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a method's student is sampled: times for a number of steps, from the noise to the data, and γ."""
+    """How a method's student is sampled: times for a number of steps, from the noise to the data, and γ.
+
+    guidance: the scale that a student which embeds it is sampled with by default (its cond is then `net.Scaled`).
+    """
 
     times: Callable[[int], Any]
     gamma: float = 0.0
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Teacher pairs (noise, x) to be made before training: how many, and how finely the teacher integrates."""
+    """Teacher pairs (noise, x) to be made before training: how many, with which integrator and how many steps.
+
+    points: with n > 0 the batch also holds `path` [B, n + 1, ...], the trajectory at the n + 1 nodes of Karras' grid of
+    n intervals, from the noise to the data; n must divide steps.
+    """
 
     count: int
     steps: int
+    integrator: Callable = dpmpp_3m
+    points: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +68,9 @@ class Method:
     losses: one for each trained network. init: how each trained network starts, from the teacher and a key. every: a
     network is updated at the steps that its number divides. ema: averages as name -> (network, decay), visible to the
     losses under their name. needs: the batch entries it reads, of {"x", "noise"}; cond is always welcome. result: the
-    network or average that samples. sampling: how. pairs: teacher pairs that supply noise and x.
+    network or average that samples. inverse: one that jumps from the data to the noise; the result is then both in one
+    (`net.two_way`). sampling: how. pairs: teacher pairs that supply noise and x. process: where the student lives if
+    not where its teacher does; the losses see the teacher there.
     """
 
     losses: Mapping[str, Loss]
@@ -47,7 +80,9 @@ class Method:
     ema: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     result: str = "student"
+    inverse: str | None = None
     pairs: Pairs | None = None
+    process: Process | None = None
 
     def __post_init__(self):
         if set(self.losses) != set(self.init):
@@ -62,12 +97,54 @@ class Method:
         if unknown or any(n < 1 for n in self.every.values()):
             trained = sorted(self.losses)
             raise ValueError(f"every = {dict(self.every)} must give trained networks {trained} numbers >= 1")
-        if self.result not in {*self.losses, *self.ema}:
-            raise ValueError(f"result {self.result!r} is neither a trained network nor an average")
+        for which in (self.result, self.inverse):
+            if which is not None and which not in {*self.losses, *self.ema}:
+                raise ValueError(f"result {which!r} is neither a trained network nor an average")
 
     def turn(self, step: int) -> tuple[str, ...]:
         """Names of the networks that step updates."""
         return tuple(name for name in sorted(self.losses) if step % self.every.get(name, 1) == 0)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One of several trainings that make up a method; its result is the teacher of the next.
+
+    name: unique among the rounds. share: of the method's steps, relative to the others'. number: what the losses see as
+    `progress.round`. Rounds with the same `method` object and share are compiled once.
+    """
+
+    name: str
+    method: Method
+    share: float = 1.0
+    number: int = 0
+
+
+Made = Method | Sequence[Round]
+"""What a method's configuration gives on a process."""
+
+
+def rounds(made: Made) -> tuple[Round, ...]:
+    """The rounds of a method; a single Method is one round."""
+    return (Round("student", made),) if isinstance(made, Method) else tuple(made)
+
+
+def home(made: Made, process: Process) -> Process:
+    """Where the final student lives, given the first teacher's process."""
+    for part in rounds(made):
+        process = part.method.process or process
+    return process
+
+
+def sampling_of(made: Made) -> Sampling:
+    """How the final student is sampled."""
+    return rounds(made)[-1].method.sampling
+
+
+def split_steps(parts: Sequence[Round], steps: int) -> list[int]:
+    """Share a number of training steps out among rounds, each at least one."""
+    total = sum(part.share for part in parts)
+    return [max(1, round(steps * part.share / total)) for part in parts]
 
 
 def from_teacher(teacher: Net, key: Array) -> Net:

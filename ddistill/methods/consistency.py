@@ -10,7 +10,7 @@ from jax import Array
 
 from ddistill.integrators import heun
 from ddistill.losses.distances import Distance, PseudoHuber
-from ddistill.methods.base import Method, Sampling, from_teacher
+from ddistill.methods.base import Method, Progress, Sampling, from_teacher
 from ddistill.process import LARGEST_RHO, Process
 
 
@@ -19,8 +19,8 @@ class Consistency:
     """E λ d(f_θ(x_t, t), f_θ⁻(Solver_φ(x_t, t → s), s)), t and s neighbours on a grid of N intervals, f(x, 0) = x.
 
     Song et al. 2023, eq. 7. f(x, t) is the student's jump from t to 0. The grid is Karras' with 0 appended, uniform in
-    ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of `growth_steps` steps (Song & Dhariwal 2023,
-    sec. 3.4; equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
+    ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of the training (Song & Dhariwal 2023, sec. 3.4;
+    equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
     target θ⁻ is the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic
     integrator, taking solver_steps steps per interval. between: t is drawn between the nodes as well, and s one
     interval below it, so that f is trained at the times of every sampler; without, at the nodes alone, as in the paper.
@@ -29,7 +29,6 @@ class Consistency:
 
     intervals: int = 10
     max_intervals: int = 20
-    growth_steps: int = 6000
     solver: Callable = heun
     solver_steps: int = 2
     between: bool = True
@@ -43,10 +42,10 @@ class Consistency:
         """The method on a process."""
         target = "target" if self.target_ema else "student"
 
-        def loss(nets, batch, step, key):
+        def loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
             k_n, k_noise, k_net = jax.random.split(key, 3)
-            n = self.number_of_intervals(step)
+            n = self.number_of_intervals(progress)
             i = jax.random.uniform(k_n, x0.shape[:1]) * n
             i = jnp.minimum(i, n - 1) if self.between else jnp.floor(i)
             t, s = self.node(process, i, n), self.node(process, i + 1, n)
@@ -70,10 +69,10 @@ class Consistency:
             sampling=Sampling(lambda steps: renoising_times(process, steps), gamma=1.0),
         )
 
-    def number_of_intervals(self, step: Array) -> Array:
-        """N at a step: doubling from `intervals` to `max_intervals`, piecewise constant."""
+    def number_of_intervals(self, progress: Progress) -> Array:
+        """N at a moment of training: doubling from `intervals` to `max_intervals`, piecewise constant."""
         doublings = max(0, (self.max_intervals // self.intervals).bit_length() - 1)
-        k = jnp.floor((doublings + 1) * step / self.growth_steps)
+        k = jnp.floor((doublings + 1) * progress.share)
         return jnp.minimum(self.intervals * 2.0 ** jnp.minimum(k, doublings), self.max_intervals)
 
     def node(self, process: Process, i: Array, n: Array) -> Array:

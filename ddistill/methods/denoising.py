@@ -29,7 +29,7 @@ class Denoising:
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
 
-        def loss(nets, batch, step, key):
+        def loss(nets, batch, progress, key):
             x0 = batch["x"]
             k_t, k_noise, k_net = jax.random.split(key, 3)
             t = self.times(process, k_t, x0.shape[0])

@@ -25,7 +25,7 @@ class KD:
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
 
-        def loss(nets, batch, step, key):
+        def loss(nets, batch, progress, key):
             student = nets["student"].jump(process, batch["noise"], process.t_max, 0.0, batch.get("cond"), key=key)
             return jnp.mean(self.distance(student, batch["x"])), {}
 

@@ -1,10 +1,11 @@
-"""A residual MLP for vectors and small images, conditioned on time, label and the student's second time."""
+"""A residual MLP for vectors and small images, conditioned on time, label, guidance and the student's second time."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ddistill.net import Scaled
 from ddistill.networks.embedding import Fourier, Waves
 
 
@@ -12,8 +13,9 @@ class MLP(nnx.Module):
     """Residual MLP on x and random waves of x: blocks of (normalise, linear, modulate by the embedding, SiLU, linear).
 
     x: [B, ...] with `size` values per sample; c_noise and s_noise: [B]; cond: labels [B] in 0 … num_classes, where
-    num_classes is "no label". The embedding of s is initialised to nothing (a zero linear map), so that a student
-    equals its teacher for every s before training. Computes in `dtype`; embeddings and output in float32.
+    num_classes and −1 are "no label", or labels with a guidance scale, `Scaled(labels, w)`. The embeddings of s and w
+    are initialised to nothing (zero linear maps), so that a student equals its teacher for every s and w before
+    training. Computes in `dtype`; embeddings and output in float32.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class MLP(nnx.Module):
         self.fourier = Fourier(64)
         self.time = nnx.Linear(64, inner, rngs=rngs)
         self.target = nnx.Linear(64, inner, use_bias=False, kernel_init=zeros, rngs=rngs)
+        self.guidance = nnx.Linear(64, inner, use_bias=False, kernel_init=zeros, rngs=rngs)
         self.label = nnx.Embed(num_classes + 1, inner, rngs=rngs) if num_classes else None
         self.embed = nnx.Linear(inner, inner, rngs=rngs)
         self.waves = Waves(size, width // 4)
@@ -44,20 +47,24 @@ class MLP(nnx.Module):
         self,
         x: Array,
         c_noise: Array,
-        cond: Array | None = None,
+        cond: Array | Scaled | None = None,
         s_noise: Array | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Array:
         """F(x, c_noise, cond, s): [B, ...] like x."""
+        cond, w = (cond.cond, cond.w) if isinstance(cond, Scaled) else (cond, None)
         if self.label is None and cond is not None:
             raise ValueError("this MLP was built without classes (num_classes = 0) and cannot take cond")
         h = self.time(self.fourier(c_noise))
         if s_noise is not None:
             h = h + self.target(self.fourier(s_noise))
+        if w is not None:
+            h = h + self.guidance(self.fourier(jnp.log1p(w)))  # scales from 0 to 20 span three units
         if self.label is not None:
-            none = jnp.full(x.shape[:1], self.num_classes)
-            h = h + self.label(none if cond is None else jnp.clip(cond, 0, self.num_classes))
+            none = self.num_classes
+            known = jnp.full(x.shape[:1], none) if cond is None else jnp.where(cond < 0, none, cond)
+            h = h + self.label(jnp.minimum(known, none))
         h = jax.nn.silu(self.embed(jax.nn.silu(h)))
         flat = x.reshape(x.shape[0], self.size)
         y = self.inward(jnp.concatenate([flat, self.waves(flat)], axis=-1))
