@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import ddistill
-from ddistill.bench import exact
+from ddistill.bench import leaderboard
 from ddistill.cli import commands, main
 from ddistill.methods import METHODS
 
@@ -195,7 +195,7 @@ def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_pa
         yield _row("kd", 0.03)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exact, "bench", bench)
+    monkeypatch.setattr(leaderboard, "leaderboard", bench)
     file = tmp_path / "rows.json"
     argv = ["bench", "exact", "--methods", "kd,consistency", "--mixture", "grid25", "--seeds", "2", "--json", str(file)]
     assert main(argv) == 130
@@ -211,7 +211,7 @@ def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_pa
 
 def test_bench_runs_all_mixtures_and_methods_unless_told_otherwise(monkeypatch):
     asked = []
-    monkeypatch.setattr(exact, "bench", lambda *a: iter(asked.append(a) or ()))
+    monkeypatch.setattr(leaderboard, "leaderboard", lambda *a: iter(asked.append(a) or ()))
     assert main(["bench", "exact"]) == 0
     assert asked == [(list(METHODS), [mixture], 1) for mixture in ("ring8", "grid25", "digits")]
 

@@ -17,6 +17,7 @@ LINE = (
     {"stages", "quickstart"},
     {"evaluate", "report"},
     {"runs", "bench"},
+    {"compare"},
     {"cli"},
     {"__init__", "__main__"},
 )

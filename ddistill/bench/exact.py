@@ -21,7 +21,7 @@ from ddistill.evaluate.mixture import Judge, floor, judge
 from ddistill.integrators import dpmpp_2m, euler, heun
 from ddistill.integrators.exact import flow_map
 from ddistill.losses.times import LogNormal
-from ddistill.methods import METHODS, Denoising
+from ddistill.methods import Denoising
 from ddistill.methods.base import Made, Pairs, home, sampling_of
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net
@@ -85,7 +85,7 @@ def problem(name: str, samples: int = 10_000) -> Problem:
 def reference_rows(problem: Problem, nfes: Sequence[int] = (1, 2, 4, 8, 35)) -> Iterator[Row]:
     """Rows of the exact map and of the exact teacher under Euler, Heun and DPM-Solver++(2M) at the same costs."""
     exact = problem.judge(problem.exact, problem.exact)
-    yield _row(problem, "teacher/exact-map", 0, 0, 0, exact, problem.exact_wall_s)
+    yield row(problem, "teacher/exact-map", 0, 0, 0, exact, problem.exact_wall_s)
     for method, integrator in (("euler", euler), ("heun", heun), ("dpmpp_2m", dpmpp_2m)):
         # Heun's last step, to σ = 0, takes one call; 2 steps − 1 calls in all.
         counts = dict.fromkeys((nfe + 1) // 2 for nfe in nfes) if integrator is heun else nfes
@@ -101,7 +101,7 @@ def teacher_row(problem: Problem, net: Net, method: str, integrator: Callable, s
     solution = jax.block_until_ready(solve(net, problem.noise))
     wall = time.monotonic() - begin
     metrics = problem.judge(solution.x, problem.exact)
-    return _row(problem, method, steps, int(solution.nfe), seed, metrics, wall)
+    return row(problem, method, steps, int(solution.nfe), seed, metrics, wall)
 
 
 def fitted_network(problem: Problem, seed: int, recipe: Recipe) -> Net:
@@ -111,7 +111,7 @@ def fitted_network(problem: Problem, seed: int, recipe: Recipe) -> Net:
     fit = Denoising(times=LogNormal(-0.4, 2.0), exact=True)(problem.process)
     stage = Stage(
         "fit", fit, recipe.fit_steps,
-        source=lambda _: problem.data.source(recipe.batch_size, seed, 0.0),
+        source=lambda _: problem.data.source(recipe.batch_size, seed, 0.1),
         optimizer=recipe.optimizer.build,
         guide=lambda _: problem.teacher,
     )  # fmt: skip
@@ -152,25 +152,12 @@ def student_rows(
     for n in steps:
         solution = sample(student, process, sampling.times(n), noise, key, gamma=sampling.gamma)
         exact = problem.exact if sampling.gamma == 0 or n == 1 else None
-        yield _row(problem, name, n, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
+        yield row(problem, name, n, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
 
 
-def bench(names: Sequence[str], mixtures: Sequence[str], seeds: int) -> Iterator[Row]:
-    """All rows of the benchmark, each as soon as it is known."""
-    for mixture in mixtures:
-        case = problem(mixture)
-        yield from reference_rows(case)
-        plan = recipe(case.mixture.d)
-        for seed in range(seeds):
-            start = fitted_network(case, seed, plan)
-            yield teacher_row(case, start, "teacher/network", dpmpp_2m, 35, seed)
-            for name in names:
-                made = METHODS[name].make()(case.process)
-                yield from student_rows(case, name, made, start, seed, plan, METHODS[name].steps)
-
-
-def _row(problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: dict, wall: float) -> Row:
+def row(problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: dict, wall: float) -> Row:
+    """A row of the benchmark: who, at what cost, and the judge's metrics."""
     return {
-        "mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, **metrics,
+        "mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, "w": None, **metrics,
         "floor_sw2": problem.floor["sw2"], "wall_s": round(wall, 3),
     }  # fmt: skip

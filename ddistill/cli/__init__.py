@@ -98,11 +98,26 @@ class Bench:
     """Write the rows there, anew after each one."""
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Train one teacher on digits, distil it with every experiment, and write one table of them all."""
+
+    experiments: Annotated[Positional[tuple[Path, ...]], arg(metavar="EXPERIMENT.py")]
+    """Experiment files that agree in all that makes their teacher."""
+    out: Annotated[Path, arg(metavar="FILE.md")] = Path("digits.md")
+    """The page to write; the rows go beside it as .json."""
+    workdir: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare")
+    """The folder for checkpoints; started again in the same one, it resumes."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Numbers of sampling steps."""
+
+
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Distill, subcommand("distill")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Bench, subcommand("bench")]
 )
@@ -171,7 +186,7 @@ def _cache_compilations() -> None:
 
 
 def _how_to_go_on(command: Command) -> str:
-    if isinstance(command, Distill | Quickstart):
+    if isinstance(command, Distill | Quickstart | Compare):
         return "The same command goes on from the last checkpoint."
     if isinstance(command, Bench) and command.json is not None:
         return f"The rows that were done are in {command.json}."

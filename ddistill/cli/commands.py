@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ddistill import quickstart as quickstart_experiment
-from ddistill.cli import Bench, Command, Distill, Evaluate, Methods, Quickstart, Sample
+from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Methods, Quickstart, Sample
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
 from ddistill.evaluate import digits as judged
@@ -38,6 +38,8 @@ def run(command: Command, flags: Sequence[str]) -> None:
             sample(command)
         case Evaluate():
             evaluate(command)
+        case Compare():
+            compare(command)
         case Methods():
             methods()
         case Bench():
@@ -113,6 +115,22 @@ def evaluate(command: Evaluate) -> None:
     _judge(digits, opened, _samplers(opened, command.steps), command.json)
 
 
+def compare(command: Compare) -> None:
+    """Compare experiments on digits."""
+    from ddistill.compare import compare as compared
+    from ddistill.compare import markdown
+
+    if not command.experiments:
+        raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
+    experiments = [load_experiment(path) for path in command.experiments]
+    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=_say))
+    files = " ".join(str(path) for path in command.experiments)
+    _write_json(command.out.with_suffix(".json"), {"rows": rows})
+    page = markdown(rows, experiments, f"ddistill compare {files} --out {command.out}")
+    command.out.write_text(page, encoding="utf-8")
+    _say(f"Wrote {command.out}")
+
+
 def methods() -> None:
     """Print the table of methods."""
     table = Table("name", "title", "paper", "steps", "file")
@@ -123,7 +141,7 @@ def methods() -> None:
 
 def bench(command: Bench) -> None:
     """Run the benchmark with exact teachers."""
-    from ddistill.bench.exact import bench as exact_bench
+    from ddistill.bench.leaderboard import leaderboard
     from ddistill.mixture import BUNDLED, Mixture
 
     names = list(METHODS) if command.methods == "all" else [n.strip() for n in command.methods.split(",") if n.strip()]
@@ -140,7 +158,7 @@ def bench(command: Bench) -> None:
     rows: list[Row] = []
     for mixture in mixtures:
         with Live(_bench_table(mixture, []), console=_console(), refresh_per_second=2) as live:
-            for row in exact_bench(names, [mixture], command.seeds):
+            for row in leaderboard(names, [mixture], command.seeds):
                 rows.append(row)
                 live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
                 if command.json is not None:
@@ -187,6 +205,7 @@ _BENCH = {
     "steps": "d",
     "nfe": "d",
     "seed": "d",
+    "w": "g",
     "endpoint": ".4f",
     "sw2": ".4f",
     "sw2/floor": ".2f",
@@ -204,7 +223,7 @@ def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
     if rows:
         floor = {"method": "floor", "sw2": rows[0]["floor_sw2"], "floor_sw2": rows[0]["floor_sw2"]}
         for row in [floor, *rows]:
-            shown = {**row, "sw2/floor": row["sw2"] / row["floor_sw2"]}
+            shown = {**row, "sw2/floor": row["sw2"] / row["floor_sw2"] if row["floor_sw2"] else None}
             table.add_row(*(_cell(shown.get(name), form) for name, form in _BENCH.items()))
     return table
 

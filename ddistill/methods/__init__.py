@@ -12,12 +12,16 @@ from ddistill.process import Process
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of the table: its configuration (called with a process it gives a Method), and where it comes from."""
+    """A method of the table: its configuration (called with a process it gives a Method or Rounds), and its source.
+
+    steps: the numbers of sampling steps that the benchmark judges. guided: the student takes a guidance scale.
+    """
 
     make: Callable[..., Callable[[Process], Made]]
     title: str
     paper: str
-    steps: tuple[int, ...]
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    guided: bool = False
 
     @property
     def file(self) -> str:

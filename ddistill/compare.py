@@ -1,0 +1,119 @@
+"""Several experiments on digits that distil one teacher, in one table."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ddistill import sharding
+from ddistill.config import DigitsData, Experiment
+from ddistill.data.digits import load_digits
+from ddistill.evaluate.digits import Sampler, evaluate, student_sampler, teacher_sampler
+from ddistill.integrators import dpmpp_2m, heun
+from ddistill.methods.base import rounds
+from ddistill.net import Net
+from ddistill.overrides import describe, differences
+from ddistill.runs import student_stages, teacher_stage
+from ddistill.stages import run
+
+Row = dict[str, Any]
+
+_OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
+
+
+def compare(
+    experiments: Sequence[Experiment],
+    steps: Sequence[int] = (1, 2, 4),
+    *,
+    workdir: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Row]:
+    """Train the common teacher, distil it with every experiment, and judge all; rows come at the end.
+
+    Rows are those of `evaluate`, with `train_s`, the wall time of a student's training. A student is judged at those of
+    `steps` that it serves. With a workdir every training goes on where an earlier call stopped. Raises ValueError where
+    the experiments are not on digits or differ in what makes their teacher, or share a name.
+    """
+    first = experiments[0]
+    if not isinstance(first.data, DigitsData):
+        raise ValueError(f"experiments on digits can be compared; {first.name} is on {type(first.data).__name__}")
+    names = [e.name for e in experiments]
+    if len(set(names)) < len(names):
+        raise ValueError(f"experiments must have different names; given {', '.join(names)}")
+    for e in experiments[1:]:
+        lines = [line for name in _OF_TEACHER for line in _differ(first, e, name)]
+        if lines:
+            raise ValueError(f"{e.name} has another teacher than {first.name}: {'; '.join(lines[:4])}")
+    data, digits, process = first.data.load(), load_digits(first.data.seed), first.process
+    key = jax.random.key(first.seed)
+    network = first.network.build(data, process, jax.random.fold_in(key, 0))
+    mesh = sharding.make_mesh(first.fsdp)
+
+    def train(name: str, plan, start: Net) -> Net:
+        where = None if workdir is None else workdir / name
+        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, workdir=where)[-1]
+
+    say("training the teacher")
+    teacher = train("teacher", [teacher_stage(first, data)], network)
+    plan = [teacher_sampler(teacher, process, heun, 18, "teacher, Heun")]
+    plan += [teacher_sampler(teacher, process, dpmpp_2m, n, "teacher, DPM-Solver++(2M)") for n in (8, *steps)]
+    wall = {}
+    for e in experiments:
+        say(f"distilling {e.name}")
+        begin = time.monotonic()
+        student = train(e.name, student_stages(e, data), teacher)
+        wall[e.name] = time.monotonic() - begin
+        plan += _students(e, student, steps)
+    for row in evaluate(digits, process, plan):
+        yield {**row, "train_s": wall.get(row["sampler"])}
+
+
+def _students(experiment: Experiment, student: Net, steps: Sequence[int]) -> list[Sampler]:
+    made = experiment.method(experiment.process)
+    samplers = []
+    for n in steps:
+        try:
+            sampler = student_sampler(student, made, experiment.process, n)
+        except ValueError:  # a number of steps that the method does not serve
+            continue
+        samplers.append(dataclasses.replace(sampler, name=experiment.name))
+    return samplers
+
+
+def _differ(a: Experiment, b: Experiment, name: str) -> list[str]:
+    return differences(describe(getattr(a, name)), describe(getattr(b, name)), name)
+
+
+def markdown(rows: Sequence[Row], experiments: Sequence[Experiment], command: str) -> str:
+    """The table as a page, with the command that made it."""
+    head = ("sampler", "network calls", "accuracy", "Fréchet", "to held-out", "precision", "recall", "training")
+    lines = [
+        "# Digits: every method from one teacher",
+        "",
+        f"Made by `{command}` on {jax.device_count()} {jax.devices()[0].platform.upper()} device(s). Class-conditional "
+        f"MLP teacher, seed {experiments[0].seed}; columns as in the README: Fréchet distance, precision and recall "
+        "against the training scans, and the Fréchet distance to the held-out scans; training: wall seconds.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row in rows:
+        cells = [row["sampler"], "–" if row["nfe"] is None else str(row["nfe"])]
+        for name, form in (("accuracy", ".3f"), ("frechet", ".2f"), ("frechet_held_out", ".2f")):
+            cells.append(_cell(row[name], form))
+        cells += [_cell(row["precision"], ".3f"), _cell(row["recall"], ".3f"), _cell(row["train_s"], ".0f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| experiment | method | rounds | steps |", "|---|---|---|---|"]
+    for e in experiments:
+        parts = rounds(e.method(e.process))
+        shown = ", ".join(part.name for part in parts) if len(parts) > 1 else "one"
+        lines.append(f"| {e.name} | {type(e.method).__name__} | {shown} | {e.steps} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
