@@ -226,6 +226,15 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
     return Net(params, rest, _Preconditioned(graph, params_names, rest_names, process, precondition))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scaled:
+    """A condition together with a guidance scale w [B], for networks that embed w: students of guided teachers."""
+
+    cond: PyTree
+    w: Array
+
+
 @dataclass(frozen=True)
 class _Guided:
     apply: Apply
@@ -234,6 +243,7 @@ class _Guided:
     def __call__(self, params, rest, x, t, cond, *, s, key):
         if cond is None:
             raise ValueError("a guided network needs cond: guidance is the difference between cond and none")
+        cond, scale = (cond, rest["w"]) if "w" in rest else _split_scale(cond)
         null = jax.tree.map(
             lambda n, c: jnp.broadcast_to(n, jnp.shape(c)).astype(jnp.result_type(c)), rest["null"], cond
         )
@@ -247,27 +257,108 @@ class _Guided:
         )
         with_cond, without = jnp.split(twice, 2)
         low, high = self.interval
-        w = expand(jnp.where((low <= t) & (t <= high), rest["w"], 1.0).astype(x.dtype), x)
+        w = expand(jnp.where((low <= t) & (t <= high), scale, 1.0).astype(x.dtype), x)
         return without + w * (with_cond - without)  # Ho & Salimans 2022 in Imagen's convention
 
 
 def guided(net: Net, w: Array | float, null: PyTree, interval: tuple[float, float] = (0.0, math.inf)) -> Net:
     """Classifier-free guidance as a new teacher: D_∅ + w (D_c − D_∅), w = 1 being none, in one doubled forward pass.
 
-    w: [] or [B], Imagen's and diffusers' convention (LCM's and Meng's w' is w − 1). null: the condition that means
-    none, of the structure of cond. Outside interval = (t_low, t_high) w is 1 (Kynkäänniemi et al. 2024).
+    w: [] or [B], Imagen's and diffusers' convention (`to_extra_scale`). null: the condition that means none, of the
+    structure of cond. Outside interval = (t_low, t_high) w is 1 (Kynkäänniemi et al. 2024).
     """
     rest = {"rest": net.rest, "w": jnp.asarray(w, jnp.float32), "null": jax.tree.map(jnp.asarray, null)}
     return Net(net.params, rest, _Guided(net.apply, interval))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Scaled:
-    """A condition together with a guidance scale w [B], for networks that embed w: a student of guided teachers."""
+def guided_by_condition(net: Net, null: PyTree = -1, interval: tuple[float, float] = (0.0, math.inf)) -> Net:
+    """`guided` for conditions `Scaled(cond, w)`: every sample brings its own w, as the students of guidance take it.
 
-    cond: PyTree
-    w: Array
+    Raises ValueError, when called, for a condition without a scale.
+    """
+    rest = {"rest": net.rest, "null": jax.tree.map(jnp.asarray, null)}
+    return Net(net.params, rest, _Guided(net.apply, interval))
+
+
+def to_extra_scale(w: Array | float) -> Array | float:
+    """w' = w − 1 of D_c + w' (D_c − D_∅), 0 being none (Ho & Salimans 2022, Meng et al. 2023, LCM), from Imagen's w.
+
+    Imagen, diffusers' `guidance_scale` and this library write D_∅ + w (D_c − D_∅), 1 being none; 0 has no condition.
+    """
+    return w - 1
+
+
+def from_extra_scale(w: Array | float) -> Array | float:
+    """Imagen's w = w' + 1, this library's, from the w' of Meng et al. and of LCM: see `to_extra_scale`."""
+    return w + 1
+
+
+class ScaleLaw(Protocol):
+    """How a guidance scale depends on time; a frozen dataclass."""
+
+    def __call__(self, w: Array, t: Array) -> Array:
+        """The scale at t, given the nominal one; w [] or [B], t [B] -> [B]."""
+
+
+def noise_share(process: Process, t: Array) -> Array:
+    """σ/(α + σ) in [0, 1], alike for all processes: t itself on rectified flow."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return sigma / (alpha + sigma)
+
+
+def time_share(process: Process, t: Array) -> Array:
+    """t/t_max."""
+    return t / process.t_max
+
+
+@dataclass(frozen=True)
+class DynamicScale:
+    """Dynamic guidance (Starodubcev et al. 2024, iCD): w where axis(t) ≤ low, none (1) from high on, linear in between.
+
+    Full guidance where details are made and none where the noise hides the modes, so that it costs no diversity. The
+    paper's axis on its discrete process is `time_share`; `noise_share` places low and high alike on every process.
+    """
+
+    process: Process
+    low: float = 0.4
+    high: float = 0.8
+    axis: Callable[[Process, Array], Array] = noise_share
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"dynamic guidance falls from low to high, 0 <= low < high; given {self.low}, {self.high}")
+
+    def __call__(self, w: Array, t: Array) -> Array:
+        """1 + (w − 1) (high − u)/(high − low) for low ≤ u ≤ high, u = axis(t)."""
+        left = (self.high - self.axis(self.process, t)) / (self.high - self.low)
+        return 1 + (w - 1) * jnp.clip(left, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Rescaled:
+    apply: Apply
+    law: ScaleLaw
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        cond, w = _split_scale(cond)
+        return self.apply(params, rest, x, t, Scaled(cond, self.law(w, t)), s=s, key=key)
+
+
+def rescaled(net: Net, law: ScaleLaw) -> Net:
+    """Guidance that changes with time: a network of `Scaled` conditions that sees law(w, t) for w.
+
+    For teachers (`guided_by_condition`) under any integrator and for students that embed w, whose jump takes the scale
+    at its start.
+    """
+    return Net(net.params, net.rest, _Rescaled(net.apply, law))
+
+
+def _split_scale(cond: PyTree) -> tuple[PyTree, Array]:
+    if not isinstance(cond, Scaled):
+        raise ValueError(
+            f"this network takes its guidance scale with the condition, Scaled(cond, w); given {type(cond).__name__}"
+        )
+    return cond.cond, jnp.asarray(cond.w)
 
 
 @dataclass(frozen=True)
@@ -301,7 +392,7 @@ class _Diagonal:
 
 
 def diagonal(net: Net) -> Net:
-    """A student as the teacher it holds, g(x, t, t) = E[x0 | x_t = x], for every integrator (Kim et al. 2024, sec. 3)."""
+    """A student as the teacher it holds: g(x, t, t) = E[x0 | x_t = x], for any integrator (Kim et al. 2024, sec. 3)."""
     return Net(net.params, net.rest, _Diagonal(net.apply))
 
 

@@ -133,8 +133,8 @@ def prepare(trainer: Trainer, teacher: Net, guided: Net, key: jax.Array) -> tupl
     k_nets, k_state = jax.random.split(key)
     nets = trainer.start(teacher, k_nets)
     state = trainer.init(nets, k_state)
-    whole = jax.device_put(guided, sharding.state_shardings(trainer.mesh, guided))
-    return {"teacher": whole, **{n: net.replace(params=None) for n, net in nets.items()}}, state
+    whole = {"teacher": guided, **{n: net.replace(params=None) for n, net in nets.items()}}
+    return jax.device_put(whole, sharding.state_shardings(trainer.mesh, whole)), state
 
 
 def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
@@ -146,8 +146,8 @@ def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
         return nets[trainer.method.ema[name][0]].replace(params=state.ema[name])
 
     method = trainer.method
-    forth = named(method.result)
-    return forth if method.inverse is None else two_way(forth, named(method.inverse))
+    forth = method.finish(named(method.result))
+    return forth if method.inverse is None else two_way(forth, method.finish(named(method.inverse)))
 
 
 def fit(

@@ -13,7 +13,7 @@ from ddistill.integrators import Solution, ddim, euler, heun
 from ddistill.losses.distances import L1, L2, Perceptual, PseudoHuber
 from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
-from ddistill.methods.consistency import renoising_times
+from ddistill.methods.consistency import doubled, node, position, renoising_times
 from ddistill.net import Net
 from ddistill.process import edm, flow, trig, vp
 from ddistill.sample import sample
@@ -133,12 +133,79 @@ def test_the_weight_is_one_over_the_interval():
 
 
 def test_nodes_are_karras_grid_and_n_doubles_on_schedule():
-    config, process = Consistency(intervals=10, max_intervals=160), edm()
+    process = edm()
     for n in (10, 40):
-        nodes = config.node(process, jnp.arange(n + 1.0), jnp.asarray(float(n)))
+        nodes = node(process, jnp.arange(n + 1.0), jnp.asarray(float(n)))
         np.testing.assert_allclose(nodes, grids.karras(process, n), rtol=1e-4)
     steps = [0, 99, 100, 250, 399, 400, 499]
-    assert [int(config.number_of_intervals(Progress(s, 500))) for s in steps] == [10, 10, 20, 40, 80, 160, 160]
+    assert [int(doubled(Progress(s, 500), 10, 160)) for s in steps] == [10, 10, 20, 40, 80, 160, 160]
+    assert [int(doubled(Progress(s, 500), 10, 10)) for s in steps] == [10] * 7
+    # One interval leads from every time to the data.
+    np.testing.assert_allclose(node(process, jnp.asarray([0.0, 1.0]), 1), [80, 0])
+    assert 0.002 < float(node(process, jnp.asarray(0.5), 1)) < 80
+
+
+@pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+def test_position_is_the_inverse_of_node(process):
+    i = jnp.asarray([0.0, 0.5, 3.0, 7.25, 9.0, 10.0])
+    np.testing.assert_allclose(position(process, node(process, i, 10), 10), i, atol=2e-3)
+
+
+def by_velocity(velocity, process):
+    """A teacher that is known by its velocity u(x, t) alone."""
+
+    def denoise(params, rest, x, t, cond, *, s, key):
+        return process.x0_from_velocity(velocity(x, t[:, None]), x, t)
+
+    return Net({}, {}, denoise)
+
+
+def test_on_a_flow_it_is_the_consistency_of_dx_dt_equal_u():
+    process = flow()
+
+    def u(x, t):
+        return jnp.sin(3 * x) + t * x
+
+    def by_hand(denoise, process, nodes, x):
+        t, s = nodes[0][:, None], nodes[-1][:, None]
+        return Solution(x + (s - t) * u(x, t), 1)
+
+    values = [
+        loss_of(dataclasses.replace(SIMPLE, solver=solver), process, exact_student(process), teacher=teacher)
+        for solver, teacher in ((euler, by_velocity(u, process)), (by_hand, gaussian_teacher(process)))
+    ]
+    np.testing.assert_allclose(*values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_of_a_straight_flow_one_interval_is_enough(between):
+    # x_t = (1 − t) c z + t z, coupled straight: u = (1 − c) z, and the teacher itself is the exact map, c z.
+    process = flow()
+    straight = by_velocity(lambda x, t: (1 - C) * x / ((1 - t) * C + t), process)
+    one = dataclasses.replace(SIMPLE, intervals=1, max_intervals=1, solver=euler, between=between)
+    assert loss_of(one, process, straight, teacher=straight) < 1e-10
+    # The flow of independent noise is not: from t = 1 one Euler step ends at the data mean, far from c z.
+    independent = gaussian_teacher(process)
+    assert loss_of(one, process, exact_student(process), teacher=independent) > (0.01 if between else 0.9 * C**2)
+
+
+def test_the_multistep_sampler_starts_at_the_noise_and_agrees_with_maps_that_end_at_t_min():
+    process, tau = edm(), 0.8
+    method, key = Consistency()(process), jax.random.key(0)
+    assert method.sampling.gamma == 1 and list(method.sampling.times(2)) == pytest.approx([80, tau, 0])
+    x = process.prior(key, (100_000, 1))
+    assert float(jnp.std(x)) == pytest.approx(80, rel=0.01)  # N(0, T² I), not N(0, I)
+    ours = sample(exact_student(process), process, [80.0, tau], x, key, gamma=1.0).x
+    noise = jax.random.normal(jax.random.fold_in(key, 0), x.shape)
+    gaps = []
+    for end in (0.2, 0.1):
+        there = x * np.sqrt((C**2 + end**2) / (C**2 + 80**2))
+        theirs = there + np.sqrt(tau**2 - end**2) * noise  # Song et al. 2023, alg. 1, where f maps to t = ε
+        np.testing.assert_allclose(process.renoise(there, noise, end, tau), theirs, rtol=1e-5, atol=1e-5)
+        for y in (ours, theirs):
+            assert float(jnp.std(y)) == pytest.approx(np.sqrt(C**2 + tau**2), rel=0.01)
+        gaps.append(float(jnp.sqrt(jnp.mean((ours - theirs) ** 2))))
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.1)  # O(ε²)
 
 
 def test_distances_in_cases_worked_by_hand():

@@ -1,4 +1,4 @@
-"""Naive distillation of data N(0, c²), exact map x c/√(α² c² + σ²), and the pairs that teachers make for it."""
+"""Naive distillation of data N(0, c²), whose trajectories are multiples of √(α² c² + σ²)."""
 
 import functools
 
@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from ddistill import grids
-from ddistill.data.pairs import teacher_pairs
-from ddistill.integrators import ddim, dpmpp_3m
-from ddistill.losses.distances import L1
+from ddistill.losses.distances import L1, Perceptual
 from ddistill.methods import KD
-from ddistill.mixture import Mixture, as_teacher
+from ddistill.methods.base import Progress
+from ddistill.mixture import Mixture
 from ddistill.net import Net
-from ddistill.process import edm, flow, trig, vp
+from ddistill.process import edm, expand, flow, trig, vp
+from ddistill.sample import sample
 
 C = 0.5
+ONE = KD(steps=(1,))
+PROCESSES = pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
 MIXTURE = Mixture.from_covariances(
     [0.5, 0.3, 0.2], [[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], [0.02 * np.eye(2)] * 3, labels=[0, 1, 2]
 )
@@ -28,8 +30,27 @@ def affine(slope, offset=0.0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def loss_of(process, student, batch, config=KD()):
-    return config(process).losses["student"]({"student": student}, batch, jnp.asarray(0), jax.random.key(0))[0]
+def loss_of(process, student, batch, config=ONE):
+    return config(process).losses["student"]({"student": student}, batch, Progress(0), jax.random.key(0))[0]
+
+
+def width(process, t):
+    return jnp.sqrt((process.alpha(t) * C) ** 2 + process.sigma(t) ** 2)
+
+
+def integrator(process, error=0.0):
+    """The student that knows the trajectories, its estimate of x0 wrong by a constant."""
+
+    def x0(params, rest, x, t, cond, *, s, key):
+        return process.destination(x, t, x * expand(width(process, s) / width(process, t), x), s) + params["error"]
+
+    return Net({"error": jnp.asarray(error)}, {}, x0)
+
+
+def exact_paths(process, n=64, points=8):
+    noise = process.prior(jax.random.key(0), (n, 2))
+    widths = width(process, jnp.asarray(grids.karras(process, points), jnp.float32))
+    return {"path": noise[:, None] * (widths / widths[0])[None, :, None]}
 
 
 def exact_pairs(process, n=256):
@@ -38,7 +59,7 @@ def exact_pairs(process, n=256):
     return {"noise": noise, "x": noise * C / np.sqrt(alpha**2 * C**2 + sigma**2)}
 
 
-@pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+@PROCESSES
 def test_the_exact_map_has_no_loss_and_others_the_loss_worked_by_hand(process):
     batch = exact_pairs(process)
     exact = float(batch["x"][0, 0] / batch["noise"][0, 0])
@@ -47,7 +68,7 @@ def test_the_exact_map_has_no_loss_and_others_the_loss_worked_by_hand(process):
     power = float(jnp.mean(batch["noise"] ** 2))
     value, gradient = jax.value_and_grad(lambda a: loss_of(process, affine(a), batch))(exact + 0.25)
     np.testing.assert_allclose([value, gradient], [0.0625 * power, 0.5 * power], rtol=1e-4)
-    absolute = loss_of(process, affine(exact + 0.25), batch, KD(distance=L1()))
+    absolute = loss_of(process, affine(exact + 0.25), batch, KD(steps=(1,), distance=L1()))
     np.testing.assert_allclose(absolute, 0.25 * jnp.mean(jnp.abs(batch["noise"])), rtol=1e-4)
 
 
@@ -75,64 +96,71 @@ def test_labels_reach_the_student():
         seen.append((cond, t, s))
         return x
 
-    labels, loss = jnp.asarray([2, 0, 1]), KD()(edm()).losses["student"]
+    labels, loss = jnp.asarray([2, 0, 1]), ONE(edm()).losses["student"]
     batch = {"noise": jnp.ones((3, 2)), "x": jnp.ones((3, 2)), "cond": labels}
-    loss({"student": Net({}, {}, student)}, batch, jnp.asarray(0), jax.random.key(0))
+    loss({"student": Net({}, {}, student)}, batch, Progress(0), jax.random.key(0))
     cond, t, s = seen[0]
     np.testing.assert_array_equal(cond, labels)
     np.testing.assert_array_equal(np.stack([t, s]), [[80.0] * 3, [0.0] * 3])
 
 
-def test_it_samples_in_one_step_and_says_so():
-    method = KD(pairs=77, teacher_steps=5)(edm())
-    assert method.needs == {"x", "noise"} and (method.pairs.count, method.pairs.steps) == (77, 5)
+@PROCESSES
+def test_the_exact_integrator_has_no_loss_and_samples_exactly_in_any_number_of_steps(process):
+    batch, config = exact_paths(process), KD()
+    scale = float(jnp.mean(batch["path"][:, -1] ** 2))
+    assert loss_of(process, integrator(process), batch, config) < 1e-7 * scale
+    # An x0 that is wrong by a constant is so at every jump: the loss is its square, the gradient twice it.
+    value, gradient = jax.value_and_grad(lambda s: loss_of(process, s, batch, config))(integrator(process, 0.25))
+    np.testing.assert_allclose([value, gradient.params["error"]], [0.0625, 0.5], rtol=2e-4)
+    for steps in config.steps:
+        times = config(process).sampling.times(steps)
+        assert len(times) == steps + 1 and (times[0], times[-1]) == (process.t_max, 0)
+        x = sample(integrator(process), process, times, batch["path"][:, 0]).x
+        np.testing.assert_allclose(x, batch["path"][:, -1], rtol=2e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_average_over_the_law_of_jumps():
+    # One path for all samples and a student that says 0: the loss is the mean square of x0 over the jumps drawn.
+    n, config, process = 40_000, KD(steps=(1, 2, 4), few=0.4), edm()
+    path = np.asarray([[3.0], [-1.0], [0.5], [2.0], [1.5]])
+    nodes = grids.karras(process, 4)
+    values, law = [], []
+    for steps, share in ((1, 0.4), (2, 0.2), (4, 0.4)):
+        for k in range(steps):
+            i, j = k * 4 // steps, (k + 1) * 4 // steps
+            x0 = (nodes[i] * path[j] - nodes[j] * path[i]) / (nodes[i] - nodes[j])  # the line through both, at σ = 0
+            values.append(float(x0[0] ** 2))
+            law.append(share / steps)
+    mean = np.dot(law, values)
+    deviation = np.sqrt(np.dot(law, np.square(values)) - mean**2)
+    loss = loss_of(process, affine(0.0), {"path": jnp.broadcast_to(jnp.asarray(path, jnp.float32), (n, 5, 1))}, config)
+    np.testing.assert_allclose(loss, mean, atol=4 * deviation / np.sqrt(n))
+
+
+def test_a_perceptual_distance_adds_that_of_its_features():
+    process = edm()
+    batch = exact_pairs(process)
+    exact = float(batch["x"][0, 0] / batch["noise"][0, 0])
+    config = KD(steps=(1,), distance=Perceptual(lambda x: (x**2,), pixel=0.5))
+    assert loss_of(process, affine(exact), batch, config) < 1e-12
+    fourth, power = (float(jnp.mean(batch["noise"] ** k)) for k in (4, 2))
+    by_hand = 0.5 * 0.01 * power + ((exact + 0.1) ** 2 - exact**2) ** 2 * fourth
+    np.testing.assert_allclose(loss_of(process, affine(exact + 0.1), batch, config), by_hand, rtol=1e-4)
+
+
+def test_it_asks_for_the_pairs_it_needs_and_samples_in_the_steps_it_was_taught():
+    method = KD(steps=(1,), pairs=77, teacher_steps=5)(edm())
+    assert method.needs == {"x", "noise"}
+    assert (method.pairs.count, method.pairs.steps, method.pairs.points) == (77, 5, 0)
     assert list(method.sampling.times(1)) == [80.0, 0.0] and method.sampling.gamma == 0
-    with pytest.raises(ValueError, match="one step, from t_max to 0; given 2 steps"):
+    with pytest.raises(ValueError, match=r"taught \(1,\) steps; given 2 steps"):
         method.sampling.times(2)
+    method = KD(steps=(2, 4))(edm())
+    assert method.needs == {"path"} and method.pairs.points == 4
+    np.testing.assert_array_equal(method.sampling.times(2), grids.karras(edm(), 4)[[0, 2, 4]])
 
 
-def pairs(count, batch_size, key=0, **kwargs):
-    kwargs = {"steps": 6, "num_classes": 3, **kwargs}
-    teacher = as_teacher(MIXTURE, edm())
-    return teacher_pairs(teacher, edm(), jax.random.key(key), count, (2,), batch_size=batch_size, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def whole():
-    return pairs(11, 64)
-
-
-def test_a_pair_depends_on_the_key_and_its_number_alone(whole):
-    assert {name: a.shape for name, a in whole.items()} == {"noise": (11, 2), "x": (11, 2), "cond": (11,)}
-    part = pairs(7, 3)
-    np.testing.assert_array_equal(part["noise"], whole["noise"][:7])
-    np.testing.assert_array_equal(part["cond"], whole["cond"][:7])
-    np.testing.assert_allclose(part["x"], whole["x"][:7], rtol=1e-5, atol=1e-6)
-    assert len(np.unique(whole["noise"])) == 22
-    assert not np.any(pairs(11, 64, key=1)["noise"] == whole["noise"])
-
-
-def test_a_pair_is_where_the_integrator_takes_its_noise(whole):
-    teacher, grid = as_teacher(MIXTURE, edm()), grids.karras(edm(), 6)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def again(integrator, x, cond):
-        return integrator(teacher.bind(cond), edm(), grid, x).x
-
-    by_ddim = pairs(11, 64, integrator=ddim)
-    assert np.abs(by_ddim["x"] - whole["x"]).max() > 1e-3
-    for made, integrator in ((whole, dpmpp_3m), (by_ddim, ddim)):
-        np.testing.assert_allclose(made["x"], again(integrator, made["noise"], made["cond"]), rtol=1e-5, atol=1e-6)
-        # A label's only mode attracts its samples: 1 is seven of its standard deviations.
-        assert np.abs(made["x"] - MIXTURE.means[made["cond"]]).max() < 1
-
-
-def test_noise_is_normal_and_labels_are_uniform():
-    n = 6000
-    made = pairs(n, n, steps=1)
-    np.testing.assert_allclose(made["noise"].std() / 80, 1, atol=4 / np.sqrt(2 * 2 * n))
-    np.testing.assert_allclose(made["noise"].mean() / 80, 0, atol=4 / np.sqrt(2 * n))
-    counts = np.bincount(made["cond"], minlength=3)
-    assert made["cond"].min() == 0 and made["cond"].max() == 2
-    np.testing.assert_allclose(counts / n, 1 / 3, atol=4 * np.sqrt(2 / 9 / n))
-    assert set(pairs(3, 3, steps=1, num_classes=0)) == {"noise", "x"}
+@pytest.mark.parametrize("steps", [(), (0, 2), (3, 8)])
+def test_numbers_of_steps_must_divide_the_largest(steps):
+    with pytest.raises(ValueError, match="divides the largest"):
+        KD(steps=steps)

@@ -5,7 +5,7 @@ starts its student there, with its defaults. All samplers start from the same no
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,13 @@ from ddistill import grids
 from ddistill.config import Data, MLPNetwork, Optimizer
 from ddistill.data import Source
 from ddistill.data.pairs import teacher_pairs
+from ddistill.evaluate.inversion import exact_inverter, inversion_metrics, student_inverter, teacher_inverter
 from ddistill.evaluate.mixture import Judge, floor, judge
 from ddistill.integrators import dpmpp_2m, euler, heun
 from ddistill.integrators.exact import flow_map
 from ddistill.losses.times import LogNormal
 from ddistill.methods import Denoising
-from ddistill.methods.base import Made, Pairs, home, sampling_of
+from ddistill.methods.base import Made, Pairs, home, rounds, sampling_of
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net
 from ddistill.process import Process, edm
@@ -153,11 +154,36 @@ def student_rows(
         solution = sample(student, process, sampling.times(n), noise, key, gamma=sampling.gamma)
         exact = problem.exact if sampling.gamma == 0 or n == 1 else None
         yield row(problem, name, n, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
+    if rounds(made)[-1].method.inverse is not None:
+        yield from inversion_rows(problem, name, student, [sampling.times(n) for n in steps], seed)
 
 
-def row(problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: dict, wall: float) -> Row:
-    """A row of the benchmark: who, at what cost, and the judge's metrics."""
-    return {
-        "mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, "w": None, **metrics,
-        "floor_sw2": problem.floor["sw2"], "wall_s": round(wall, 3),
-    }  # fmt: skip
+def inversion_rows(
+    problem: Problem, name: str, student: Net, times: Sequence[Array], seed: int, samples: int = 2000
+) -> Iterator[Row]:
+    """Data encoded to noise and decoded, by a student that goes both ways and by DDIM with the exact teacher."""
+    x0 = problem.mixture.sample(jax.random.key(13), samples)
+    code = exact_inverter(problem.teacher, problem.process).encode(x0, None)
+    both = [(f"{name}/inversion", student_inverter(student, problem.process, t)) for t in times]
+    both += [("teacher/ddim-inversion", teacher_inverter(problem.teacher, problem.process, n)) for n in (4, 8, 16, 50)]
+    for method, inverter in both:
+        begin = time.monotonic()
+        metrics = inversion_metrics(inverter, problem.process, x0, code)
+        calls = inverter.calls or 0
+        wall = time.monotonic() - begin
+        yield row(problem, method, calls, 2 * calls, seed, metrics, wall)
+
+
+METRICS = (
+    "endpoint", "endpoint_median", "sw2", "precision", "recall", "weights", "ll_gap",
+    "encoding", "encoding_median", "round_trip", "round_trip_median",
+)  # fmt: skip
+
+
+def row(
+    problem: Problem, method: str, steps: int, nfe: int, seed: int, metrics: Mapping[str, Any], wall: float, **other
+) -> Row:
+    """A row of the benchmark: who, at what cost, and METRICS, None where a metric does not apply."""
+    values = {name: metrics.get(name) for name in METRICS}
+    who = {"mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, "w": None}
+    return {**who, **values, "floor_sw2": problem.floor["sw2"], "wall_s": round(wall, 3), **other}

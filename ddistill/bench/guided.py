@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from ddistill import grids
-from ddistill.bench.exact import Problem, Recipe, Row, distilled, fitted_network
+from ddistill.bench.exact import Problem, Recipe, Row, distilled, fitted_network, row
 from ddistill.config import Data
 from ddistill.evaluate.metrics import sliced_wasserstein
 from ddistill.evaluate.mixture import SCALE
@@ -62,24 +62,22 @@ def guided_rows(
         exact, reference = (flow_map(field, problem.process, z, problem.process.t_max, 0.0) for z in (noise, other))
         floor = sliced_wasserstein(exact, reference) / SCALE
 
-        def row(method: str, n: int, nfe: int, x: Array, wall: float, truth=(w, exact, reference, floor)):
+        def judged(method: str, n: int, nfe: int, x: Array, wall: float, truth=(w, exact, reference, floor)) -> Row:
             w, exact, reference, floor = truth
             error = (np.asarray(x, np.float64) - np.asarray(exact, np.float64)) / SCALE
-            return {
-                "mixture": problem.name, "method": method, "steps": n, "nfe": nfe, "seed": seed, "w": w,
+            metrics = {
                 "endpoint": float(np.sqrt(np.mean(error**2))),
                 "endpoint_median": float(np.median(np.sqrt(np.mean(error**2, axis=1)))),
                 "sw2": sliced_wasserstein(x, reference) / SCALE,
-                "precision": None, "recall": None, "weights": None, "ll_gap": None,
-                "floor_sw2": floor, "wall_s": round(wall, 3),
-            }  # fmt: skip
+            }
+            return row(problem, method, n, nfe, seed, metrics, wall, w=w, floor_sw2=floor)
 
         for n in (8, 35):
             begin = time.monotonic()
             solution = dpmpp_2m(field, problem.process, grids.karras(problem.process, n), noise)
-            yield row("teacher/dpmpp_2m", n, 2 * int(solution.nfe), solution.x, time.monotonic() - begin)
+            yield judged("teacher/dpmpp_2m", n, 2 * int(solution.nfe), solution.x, time.monotonic() - begin)
         cond = Scaled(labels, jnp.full(samples, w))
         for n in steps:
             key = jax.random.fold_in(jax.random.key(seed), 3)
             solution = sample(student, process, sampling.times(n), own, key, gamma=sampling.gamma, cond=cond)
-            yield row(name, n, int(solution.nfe), solution.x, wall)
+            yield judged(name, n, int(solution.nfe), solution.x, wall)

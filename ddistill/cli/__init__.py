@@ -112,10 +112,64 @@ class Compare:
     """Numbers of sampling steps."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Make teacher pairs (noise, where the teacher takes it) and store them in a folder, from which students learn.
+
+    The teacher is that of a finished run, guided as the run's method sees it. A command that was cut off goes on when
+    it is repeated.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """The folder of the store."""
+    count: int
+    """The number of pairs; a larger one adds to a store that is there."""
+    steps: int = 22
+    """Steps of the integrator for each pair, at least."""
+    integrator: Literal[
+        "ddim", "ddpm", "deis", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_3s", "euler",
+        "euler_maruyama", "heun", "heun_churn", "predictor_corrector", "rk4", "sde_dpmpp_2m", "unipc",
+    ] = "dpmpp_3s"  # fmt: skip
+    """Those that use earlier steps (such as dpmpp_3m, 64 steps) start anew at each point: best with --points 0."""
+    points: int = 8
+    """Intervals of the stored trajectory, as many as the steps of the students to come; 0 stores its ends alone."""
+    seed: int = 0
+    """Of noise and labels."""
+    shard_size: int = 4096
+    """Pairs in a file."""
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Encode data to noise with a finished run, decode it again, and print how far the round trip misses.
+
+    The run's student must be invertible (method `invertible`); with --teacher any run will do.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    input: Annotated[str, arg(metavar="FILE.npz|digits")]
+    """Arrays x [N, ...] in the data's scale, and labels [N] where the run has classes; or the held-out scans."""
+    out: Annotated[Path, arg(metavar="FILE.png|.npz")]
+    """A picture of inputs, reconstructions and edits, or arrays x, noise, reconstruction, edit, labels, edit_labels."""
+    steps: int | None = None
+    """Network calls each way, 4 by default; with --teacher steps of the integrator, 50 by default."""
+    to_label: Annotated[int | None, arg(metavar="INT")] = None
+    """Decode to this class as well."""
+    n: int = 20
+    """Number of inputs, from the first on."""
+    teacher: bool = False
+    """Use the teacher, under Heun's method, and not the student."""
+
+
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Distill, subcommand("distill")]
+    | Annotated[Pairs, subcommand("pairs")]
     | Annotated[Sample, subcommand("sample")]
+    | Annotated[Invert, subcommand("invert")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Methods, subcommand("methods")]
@@ -133,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [a for a in argv if a != "--debug"]
     command, flags = _parse(argv)
     _cache_compilations()
+    _enough_threads()
     try:
         from ddistill.cli import commands
 
@@ -185,9 +240,17 @@ def _cache_compilations() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
+def _enough_threads() -> None:
+    """On a CPU split into many devices, XLA's all-reduces wait for each other in as many threads as there are cores."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", "64")
+
+
 def _how_to_go_on(command: Command) -> str:
     if isinstance(command, Distill | Quickstart | Compare):
         return "The same command goes on from the last checkpoint."
+    if isinstance(command, Pairs):
+        return "The same command goes on from the last whole shard."
     if isinstance(command, Bench) and command.json is not None:
         return f"The rows that were done are in {command.json}."
     return "Nothing was kept."

@@ -4,25 +4,32 @@ import json
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ddistill import integrators
 from ddistill import quickstart as quickstart_experiment
-from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Methods, Quickstart, Sample
+from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Invert, Methods, Pairs, Quickstart, Sample
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
+from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.evaluate import digits as judged
+from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.integrators import dpmpp_2m
 from ddistill.methods import METHODS
+from ddistill.methods.base import home, rounds
+from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet
-from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics
+from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
 
 Row = dict[str, Any]
 
@@ -34,8 +41,12 @@ def run(command: Command, flags: Sequence[str]) -> None:
             quickstart(command, flags)
         case Distill():
             distill(command, flags)
+        case Pairs():
+            pairs(command)
         case Sample():
             sample(command)
+        case Invert():
+            invert(command)
         case Evaluate():
             evaluate(command)
         case Compare():
@@ -75,6 +86,26 @@ def distill(command: Distill, flags: Sequence[str]) -> None:
     _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
 
 
+def pairs(command: Pairs) -> None:
+    """Store pairs of a run's teacher, in the process of its student."""
+    from rich.progress import Progress
+
+    opened = open_run(command.run)
+    experiment, data = opened.experiment, opened.data
+    first = student_stages(experiment, data)[0]
+    process = first.method.process or experiment.process
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("pairs", total=None)
+        made = write_pairs(
+            command.out, first.enter(first.guide(opened.teacher)), process, jax.random.key(command.seed),
+            command.count, data.shape, num_classes=data.num_classes, steps=command.steps, points=command.points,
+            integrator=getattr(integrators, command.integrator), shard_size=command.shard_size,
+            report=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    store = open_pairs(command.out)
+    _say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")
+
+
 def sample(command: Sample) -> None:
     """Sample a run into a file."""
     if command.out.suffix not in (".png", ".npz"):
@@ -84,9 +115,8 @@ def sample(command: Sample) -> None:
     opened = open_run(command.run)
     experiment, data, process = opened.experiment, opened.data, opened.experiment.process
     classes = data.num_classes
-    if command.label is not None and not 0 <= command.label < classes:
-        accepted = f"labels are 0 to {classes - 1}" if classes else "this run has no classes, leave --label out"
-        raise ValueError(f"--label {command.label} is out of range: {accepted}")
+    if command.label is not None:
+        _check_label("--label", command.label, classes)
     noise, labels, key = judged.start(process, data.shape, classes, command.n, command.seed)
     if command.label is not None:
         labels = jnp.full(command.n, command.label)
@@ -106,6 +136,39 @@ def sample(command: Sample) -> None:
     else:
         np.savez(command.out, x=x, labels=np.asarray(labels))
     _say(f"{command.n} samples in {command.out}")
+
+
+def invert(command: Invert) -> None:
+    """Encode data of a run, decode it, and write both."""
+    if command.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {command.out}: give a name that ends in .png for a picture or in .npz for arrays")
+    opened = open_run(command.run)
+    data = opened.data
+    inverter, process = _inverter(opened, command)
+    x, labels = _inputs(opened, command)
+    target = None
+    if command.to_label is not None:
+        _check_label("--to-label", command.to_label, data.num_classes)
+        target = jnp.full(len(x), command.to_label)
+    rows = {"x": x, "reconstruction": np.asarray(inverter.decode(noise := inverter.encode(x, labels), labels))}
+    if target is not None:
+        rows["edit"] = np.asarray(inverter.decode(noise, target))
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    if command.out.suffix == ".png":
+        _check_picture(x)
+        names = {"x": "input", "reconstruction": "decoded", "edit": f"decoded as {command.to_label}"}
+        save_sample_sheet(command.out, [(names[name], data.to_unit(row)) for name, row in rows.items()])
+    else:
+        of = {"labels": labels, "edit_labels": target}
+        given = {name: np.asarray(value) for name, value in of.items() if value is not None}
+        np.savez(command.out, noise=np.asarray(noise), **rows, **given)
+    miss = float(np.sqrt(np.mean((rows["reconstruction"] - x) ** 2)))
+    spread = float(np.sqrt(np.mean(np.asarray(noise) ** 2)) / process.sigma(process.t_max))
+    print(
+        f"round trip of {len(x)} inputs by the {inverter.name}: root-mean-square {miss:.4g}, "
+        f"{miss / float(np.std(x)):.3g} of their standard deviation; the noise has {spread:.3f} of its size"
+    )
+    _say(f"Wrote {command.out}")
 
 
 def evaluate(command: Evaluate) -> None:
@@ -164,15 +227,64 @@ def bench(command: Bench) -> None:
                 if command.json is not None:
                     _write_json(command.json, {"rows": rows})
                 if not live.console.is_terminal:
-                    _say(
-                        f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {row['sw2']:.4f}, {row['wall_s']:.1f} s"
-                    )
+                    sw2 = _cell(row["sw2"], ".4f")
+                    _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
 
 
 def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:
     experiment = opened.experiment
     made = experiment.method(experiment.process)
     return judged.samplers(opened.teacher, opened.student, made, experiment.process, steps)
+
+
+def _check_label(flag: str, label: int, classes: int) -> None:
+    if not 0 <= label < classes:
+        accepted = f"labels are 0 to {classes - 1}" if classes else f"this run has no classes, leave {flag} out"
+        raise ValueError(f"{flag} {label} is out of range: {accepted}")
+
+
+def _inverter(opened: Opened, command: Invert) -> tuple[Inverter, Process]:
+    """What encodes and decodes, and the process that its noise belongs to."""
+    process, method = opened.experiment.process, opened.experiment.method
+    steps = (50 if command.teacher else 4) if command.steps is None else command.steps
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: at least 1 is needed")
+    if command.teacher:
+        return teacher_inverter(opened.teacher, process, steps, integrators.heun), process
+    made = method(process)
+    last = rounds(made)[-1].method
+    if last.inverse is None:
+        raise ValueError(
+            f"the student in {command.run} only generates: it was distilled by {type(method).__name__}, and only "
+            "students of `invertible` encode. Add --teacher to use the run's teacher"
+        )
+    process = home(made, process)
+    return student_inverter(opened.student, process, last.sampling.times(steps)), process
+
+
+def _inputs(opened: Opened, command: Invert) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first n inputs and, where the run has classes, their labels."""
+    shape, classes = opened.data.shape, opened.data.num_classes
+    if command.n < 1:
+        raise ValueError(f"--n {command.n}: the number of inputs must be at least 1")
+    if command.input == "digits":
+        digits = _digits(opened)
+        return digits.held_out_x[: command.n], digits.held_out_labels[: command.n]
+    wanted = f"arrays x [N, {', '.join(map(str, shape))}]" + f" and labels [N] from 0 to {classes - 1}" * bool(classes)
+    if not zipfile.is_zipfile(command.input):
+        what = "is not an .npz file" if Path(command.input).exists() else "does not exist"
+        raise ValueError(f"--input {command.input} {what}; give an .npz file with {wanted}, or `digits`")
+    with np.load(command.input, allow_pickle=False) as file:
+        given = {name: file[name] for name in ("x", "labels") if name in file}
+    x, labels = given.get("x"), given.get("labels") if classes else None
+    fits = x is not None and x.shape[1:] == shape and len(x) and np.issubdtype(x.dtype, np.floating)
+    if fits and classes:
+        whole = labels is not None and labels.shape == x.shape[:1] and np.issubdtype(labels.dtype, np.integer)
+        fits = whole and labels.min() >= 0 and labels.max() < classes
+    if not fits:
+        found = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in given.items()) or "neither"
+        raise ValueError(f"--input {command.input}: this run takes {wanted}; the file holds {found}")
+    return x[: command.n].astype(np.float32), None if labels is None else labels[: command.n].astype(np.int32)
 
 
 def _digits(opened: Opened) -> Digits:
@@ -213,6 +325,8 @@ _BENCH = {
     "recall": ".3f",
     "weights": ".4f",
     "ll_gap": ".2f",
+    "encoding": ".3f",
+    "round_trip": ".3f",
     "wall_s": ".1f",
 }
 
@@ -223,7 +337,8 @@ def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
     if rows:
         floor = {"method": "floor", "sw2": rows[0]["floor_sw2"], "floor_sw2": rows[0]["floor_sw2"]}
         for row in [floor, *rows]:
-            shown = {**row, "sw2/floor": row["sw2"] / row["floor_sw2"] if row["floor_sw2"] else None}
+            sw2, least = row["sw2"], row["floor_sw2"]
+            shown = {**row, "sw2/floor": sw2 / least if sw2 is not None and least else None}
             table.add_row(*(_cell(shown.get(name), form) for name, form in _BENCH.items()))
     return table
 
@@ -259,11 +374,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _check_picture(x: np.ndarray) -> None:
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f"samples of shape {x.shape[1:]} are no pictures: give --out a name that ends in .npz")
+
+
 def _save_picture(path: Path, x: np.ndarray) -> None:
     from PIL import Image
 
-    if x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise ValueError(f"samples of shape {x.shape[1:]} are no pictures: give --out a name that ends in .npz")
+    _check_picture(x)
     columns = math.ceil(math.sqrt(len(x)))
     scale = max(1, math.ceil(32 / min(x.shape[1:3])))
     grid = image_grid(np.kron(x, np.ones((1, scale, scale, 1))), columns)

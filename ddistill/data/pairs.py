@@ -1,16 +1,22 @@
 """Teacher pairs: noise, and where the teacher's integrator takes it."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 
 from ddistill import grids
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.process import Process
+from ddistill.sharding import batch_sharding, replicated
+
+Make = Callable[[int, int], dict[str, np.ndarray]]
+"""(first, count) -> the pairs first, …, first + count − 1."""
 
 
 def teacher_pairs(
@@ -23,24 +29,155 @@ def teacher_pairs(
     steps: int = 64,
     num_classes: int = 0,
     integrator: Callable = dpmpp_3m,
+    points: int = 0,
     batch_size: int = 4096,
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, np.ndarray]:
     """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.
 
-    Pair i depends on the key and i alone, whatever the batch size and the number of devices. Labels are uniform.
+    Pair i depends on the key and i alone, whatever the batch size and the number of devices (x up to rounding). Labels
+    are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. devices: those of this
+    process by default. Raises ValueError for counts below 1 and where the integrator leads to NaN or infinity.
     """
+    at_least_one(count=count)
+    make = pair_maker(
+        teacher, process, key, shape, steps=steps, num_classes=num_classes, integrator=integrator, points=points,
+        batch_size=min(batch_size, count), devices=devices,
+    )  # fmt: skip
+    return make(0, count)
 
-    @jax.jit
-    def make(teacher, indices):
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
-        noise = jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0])
-        cond = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys[:, 1]) if num_classes else None
-        return noise, integrator(teacher.bind(cond), process, grids.karras(process, steps), noise).x, cond
 
-    parts = []
-    for start in range(0, count, batch_size):
-        # The last batch is filled up and cut, so that one compilation serves all.
-        noise, x, cond = jax.device_get(make(teacher, start + jnp.arange(min(batch_size, count))))
-        parts.append((noise, x) if cond is None else (noise, x, cond))
-    names = ("noise", "x", "cond")
-    return {n: np.concatenate(a)[:count] for n, a in zip(names, zip(*parts, strict=True), strict=False)}
+def pair_maker(
+    teacher: Net,
+    process: Process,
+    key: Array,
+    shape: tuple[int, ...],
+    *,
+    steps: int = 64,
+    num_classes: int = 0,
+    integrator: Callable = dpmpp_3m,
+    points: int = 0,
+    batch_size: int = 4096,
+    devices: Sequence[jax.Device] | None = None,
+) -> Make:
+    """What makes any range of the pairs of `teacher_pairs`, compiled once; batches are split over the devices.
+
+    path holds x at the nodes of grids.karras(process, points), noise first and x last. The integrator starts anew in
+    each interval between two nodes, with as many steps in each, so that there are at least `steps` in all; the
+    last interval, from t_min to 0, takes one. A multistep method is therefore best left to pairs without path. An
+    integrator that draws noise is called on each sample alone, with a key of the pair's own.
+    """
+    at_least_one(steps=steps, batch_size=batch_size)
+    if points < 0:
+        raise ValueError(f"points = {points} must be 0, for no path, or the number of its intervals")
+    local = jax.local_devices() if devices is None else list(devices)
+    mesh = jax.make_mesh((len(local), 1), ("data", "fsdp"), devices=local, axis_types=(AxisType.Auto,) * 2)
+    size = -(-batch_size // len(local)) * len(local)
+    there = jax.device_put((gathered(teacher), key), replicated(mesh))
+
+    def pairs(first: int, count: int) -> dict[str, np.ndarray]:
+        parts = []
+        for start in range(first, first + count, size):
+            # The last batch is filled up and cut, so that one compilation serves all.
+            indices = jax.device_put(start + np.arange(size), batch_sharding(mesh))
+            made = _make(*there, indices, process, tuple(shape), steps, num_classes, integrator, points)
+            parts.append(jax.device_get(made))
+        made = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+        _check_finite(made, first, integrator, steps)
+        return made
+
+    return pairs
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _make(
+    teacher: Net,
+    key: Array,
+    indices: Array,
+    process: Process,
+    shape: tuple[int, ...],
+    steps: int,
+    num_classes: int,
+    integrator: Callable,
+    points: int,
+) -> dict[str, Array]:
+    """The pairs of these numbers."""
+    segments = _segments(process, steps, points)
+    noisy = _draws_noise(integrator, process, segments[-1][-1], shape)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(indices)
+    noise = jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0])
+    cond = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys[:, 1]) if num_classes else None
+
+    def alone(nodes, x, cond, key, i):
+        cond = None if cond is None else cond[None]
+        return integrator(teacher.bind(cond), process, nodes, x[None], jax.random.fold_in(key, i)).x[0]
+
+    def step(x, segment):
+        nodes, i = segment
+        if noisy:
+            after = jax.vmap(alone, (None, 0, 0, 0, None))(nodes, x, cond, keys[:, 2], i)
+        else:
+            after = integrator(teacher.bind(cond), process, nodes, x).x
+        return after, after
+
+    x, passed, number = noise, [noise[:, None]], 0
+    for part in segments:
+        x, ends = jax.lax.scan(step, x, (jnp.asarray(part, x.dtype), number + jnp.arange(len(part))))
+        passed.append(jnp.moveaxis(ends, 0, 1))
+        number += len(part)
+    made = {"noise": noise, "x": x} | ({} if cond is None else {"cond": cond})
+    return made | ({"path": jnp.concatenate(passed, axis=1)} if points else {})
+
+
+def gathered(teacher: Net) -> Net:
+    """The teacher with every array whole in this process, also where several processes share it."""
+
+    def one(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return leaf.addressable_data(0)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(one, teacher)
+
+
+def at_least_one(**counts: int) -> None:
+    """Raise ValueError for the first of the named counts below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} = {count} must be at least 1")
+
+
+def _segments(process: Process, steps: int, points: int) -> list[np.ndarray]:
+    """Grids that follow each other, equally long ones stacked: arrays [segments, steps in each + 1]."""
+    if points < 2:
+        return [grids.karras(process, steps)[None]]
+    coarse = grids.karras(process, points)
+    each = max(1, -(-(steps - 1) // (points - 1)))
+    # Without its last node, 0, Karras' grid of (points − 1) each + 1 intervals subdivides that of `points`.
+    fine = grids.karras(process, (points - 1) * each + 1)
+    fine[:-1:each] = coarse[:-1]
+    rows = np.arange(points - 1)[:, None] * each + np.arange(each + 1)
+    return [fine[rows], fine[None, -2:]]
+
+
+def _draws_noise(integrator: Callable, process: Process, nodes: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether the integrator refuses to work without a key."""
+    try:
+        jax.eval_shape(lambda x: integrator(lambda x, t: x, process, nodes, x).x, jnp.zeros((1, *shape)))
+    except ValueError:  # with a key it says whatever else may be wrong
+        return True
+    return False
+
+
+def _check_finite(made: dict[str, np.ndarray], first: int, integrator: Callable, steps: int) -> None:
+    bad = ~np.isfinite(made["x"].reshape(len(made["x"]), -1)).all(axis=1)
+    if bad.any():
+        name = getattr(integrator, "__name__", str(integrator))
+        raise ValueError(
+            f"{name} with {steps} steps led {bad.sum()} of {len(bad)} samples to NaN or infinity, the first from pair "
+            f"{first + int(np.argmax(bad))}: take more steps or another integrator, or look at the teacher"
+        )

@@ -1,6 +1,5 @@
 """Distances between two batches: frozen dataclasses called as distance(a, b) with a, b [B, ...], answering [B]."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,17 +39,18 @@ class L1:
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """√(‖a − b‖² + c²) − c over all D coordinates, c = scale · √D (Song & Dhariwal 2023, eq. 7; scale .00054).
+    """√(‖a − b‖² + c²) − c over all D coordinates, c = scale · D^power (Song & Dhariwal 2023, eq. 7; .00054 and 1/2).
 
-    ‖·‖²/(2c) for small differences and ‖·‖ for large ones.
+    ‖·‖²/(2c) for small differences and ‖·‖ for large ones. rf++ has power 1 (Lee et al. 2024).
     """
 
     scale: float = 0.00054
+    power: float = 0.5
 
     def __call__(self, a: Array, b: Array) -> Array:
         """a, b: [B, ...] -> [B]."""
         difference = _flat(a - b)
-        c = self.scale * math.sqrt(difference.shape[1])
+        c = self.scale * difference.shape[1] ** self.power
         # √(r + c²) − c = r / (√(r + c²) + c), which keeps its digits where r ≪ c².
         squared = jnp.sum(difference**2, axis=1)
         return squared / (jnp.sqrt(squared + c**2) + c)

@@ -1,5 +1,6 @@
 """Laws of training times: frozen dataclasses called as law(process, key, n), answering times [n] in [t_min, t_max]."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,3 +52,36 @@ class UniformLogSNR:
         ends = process.half_log_snr(jnp.asarray([process.t_max, process.t_min]))
         half_log_snr = jax.random.uniform(key, (n,), minval=ends[0], maxval=ends[1])
         return jnp.clip(process.time_of(half_log_snr), process.t_min, process.t_max)
+
+
+@dataclass(frozen=True)
+class UShaped:
+    """p(u) ∝ e^{a u} + e^{a (1 − u)}, u the share of [t_min, t_max] below t: both ends more often than the middle.
+
+    Lee et al. 2024 (rf++), sec. 4: on straight couplings the ends are where regression is hard.
+    """
+
+    a: float = 4.0
+
+    def __call__(self, process: Process, key: Array, n: int) -> Array:
+        """Draw n times."""
+        k_u, k_flip = jax.random.split(key)
+        u = jnp.log1p(jax.random.uniform(k_u, (n,)) * math.expm1(self.a)) / self.a  # inverse of ∫ a e^{a u}/(e^a − 1)
+        u = jnp.where(jax.random.bernoulli(k_flip, shape=(n,)), u, 1 - u)
+        return process.t_min + u * (process.t_max - process.t_min)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """t_max with probability `first`, and else one of the other nodes t_max j/k, 0 < j < k, all alike."""
+
+    k: int = 1
+    first: float = 0.5
+
+    def __call__(self, process: Process, key: Array, n: int) -> Array:
+        """Draw n times."""
+        if self.k == 1:
+            return jnp.full((n,), float(process.t_max))
+        k_first, k_other = jax.random.split(key)
+        other = process.t_max / self.k * jax.random.randint(k_other, (n,), 1, self.k)
+        return jnp.where(jax.random.uniform(k_first, (n,)) < self.first, process.t_max, other)

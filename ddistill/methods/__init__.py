@@ -5,8 +5,18 @@ from dataclasses import dataclass
 
 from ddistill.methods.base import Made, Method, Round
 from ddistill.methods.consistency import Consistency
+from ddistill.methods.consistency_training import ConsistencyTraining
+from ddistill.methods.ctm import CTM
 from ddistill.methods.denoising import Denoising
+from ddistill.methods.guidance import GuidanceDistillation
+from ddistill.methods.invertible import Invertible
 from ddistill.methods.kd import KD
+from ddistill.methods.lcm import LatentConsistency
+from ddistill.methods.lora import Adapted
+from ddistill.methods.multistep import MultistepConsistency
+from ddistill.methods.phased import PhasedConsistency
+from ddistill.methods.progressive import Progressive
+from ddistill.methods.rectified_flow import FlowConsistency, RectifiedFlow, Reflow
 from ddistill.process import Process
 
 
@@ -30,9 +40,48 @@ class Entry:
 
 
 METHODS = {
-    "kd": Entry(KD, "Naive knowledge distillation", "Luhman & Luhman 2021, arXiv:2101.02388", (1,)),
-    "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469", (1, 2, 4, 8)),
-}
-"""Methods that make a student, by their name on the command line; `steps`: the numbers of sampling steps they serve."""
+    "kd": Entry(KD, "Naive knowledge distillation", "Luhman & Luhman 2021, arXiv:2101.02388"),
+    "progressive": Entry(Progressive, "Progressive distillation", "Salimans & Ho 2022, arXiv:2202.00512"),
+    "guidance": Entry(
+        GuidanceDistillation, "Distillation of guidance, then consistency", "Meng et al. 2023, arXiv:2210.03142",
+        guided=True,
+    ),
+    "lcm": Entry(LatentConsistency, "Latent consistency", "Luo et al. 2023, arXiv:2310.04378", guided=True),
+    "rectified_flow": Entry(
+        RectifiedFlow, "Rectified flow (1-RF)", "Liu et al. 2022, arXiv:2209.03003", (1, 2, 4, 8, 64)
+    ),
+    "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003"),
+    "flow_consistency": Entry(FlowConsistency, "Consistency on a flow", "Yang et al. 2024, arXiv:2407.02398"),
+    "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469"),
+    "consistency_training": Entry(
+        ConsistencyTraining, "Consistency training", "Song & Dhariwal 2023, arXiv:2310.14189"
+    ),
+    "multistep": Entry(MultistepConsistency, "Multistep consistency", "Heek et al. 2024, arXiv:2403.06807"),
+    "phased": Entry(PhasedConsistency, "Phased consistency", "Wang et al. 2024, arXiv:2405.18407"),
+    "ctm": Entry(CTM, "Consistency trajectory models", "Kim et al. 2024, arXiv:2310.02279", (1, 2, 4, 8, 16)),
+    "invertible": Entry(Invertible, "Invertible consistency", "Starodubcev et al. 2024, arXiv:2406.14539"),
+    "lora": Entry(Adapted, "Consistency with low-rank students", "Luo et al. 2023, arXiv:2311.05556"),
+}  # fmt: skip
+"""Methods that make a student, by their name on the command line."""
 
-__all__ = ["KD", "METHODS", "Consistency", "Denoising", "Entry", "Method", "Round"]
+__all__ = [
+    "CTM",
+    "KD",
+    "METHODS",
+    "Adapted",
+    "Consistency",
+    "ConsistencyTraining",
+    "Denoising",
+    "Entry",
+    "FlowConsistency",
+    "GuidanceDistillation",
+    "Invertible",
+    "LatentConsistency",
+    "Method",
+    "MultistepConsistency",
+    "PhasedConsistency",
+    "Progressive",
+    "RectifiedFlow",
+    "Reflow",
+    "Round",
+]

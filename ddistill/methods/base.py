@@ -70,7 +70,8 @@ class Method:
     losses under their name. needs: the batch entries it reads, of {"x", "noise"}; cond is always welcome. result: the
     network or average that samples. inverse: one that jumps from the data to the noise; the result is then both in one
     (`net.two_way`). sampling: how. pairs: teacher pairs that supply noise and x. process: where the student lives if
-    not where its teacher does; the losses see the teacher there.
+    not where its teacher does; the losses see the teacher there. finish: what is done to the trained result, such as
+    merging an adapter into it.
     """
 
     losses: Mapping[str, Loss]
@@ -83,6 +84,7 @@ class Method:
     inverse: str | None = None
     pairs: Pairs | None = None
     process: Process | None = None
+    finish: Callable[[Net], Net] = lambda net: net
 
     def __post_init__(self):
         if set(self.losses) != set(self.init):

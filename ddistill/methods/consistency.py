@@ -19,12 +19,11 @@ class Consistency:
     """E λ d(f_θ(x_t, t), f_θ⁻(Solver_φ(x_t, t → s), s)), t and s neighbours on a grid of N intervals, f(x, 0) = x.
 
     Song et al. 2023, eq. 7. f(x, t) is the student's jump from t to 0. The grid is Karras' with 0 appended, uniform in
-    ρ^{1/7}; N doubles from `intervals` to `max_intervals` at equal spans of the training (Song & Dhariwal 2023, sec. 3.4;
-    equal numbers fix N). λ = 1/(ρ_t − ρ_s) keeps each interval's pull on its start alike (sec. 3.2). The
-    target θ⁻ is the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic
-    integrator, taking solver_steps steps per interval. between: t is drawn between the nodes as well, and s one
-    interval below it, so that f is trained at the times of every sampler; without, at the nodes alone, as in the paper.
-    Few intervals with a good solver suffer less from errors handed down from interval to interval than many.
+    ρ^{1/7}; N doubles from `intervals` to `max_intervals` (equal numbers fix N). λ = 1/(ρ_t − ρ_s). The target θ⁻ is
+    the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic integrator,
+    taking solver_steps steps per interval. between: t is drawn between the nodes as well, and s one interval below it,
+    so that f is trained at the times of every sampler; without, at the nodes alone, as in the paper. Few intervals with
+    a good solver suffer less from errors handed down from interval to interval than many.
     """
 
     intervals: int = 10
@@ -45,17 +44,17 @@ class Consistency:
         def loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
             k_n, k_noise, k_net = jax.random.split(key, 3)
-            n = self.number_of_intervals(progress)
+            n = doubled(progress, self.intervals, self.max_intervals)
             i = jax.random.uniform(k_n, x0.shape[:1]) * n
             i = jnp.minimum(i, n - 1) if self.between else jnp.floor(i)
-            t, s = self.node(process, i, n), self.node(process, i + 1, n)
+            t, s = node(process, i, n, self.rho), node(process, i + 1, n, self.rho)
             x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
-            nodes = [self.node(process, i + k / self.solver_steps, n) for k in range(self.solver_steps)]
+            nodes = [node(process, i + k / self.solver_steps, n, self.rho) for k in range(self.solver_steps)]
             x_s = self.solver(nets["teacher"].bind(cond), process, jnp.stack([*nodes, s]), x_t).x
             # One key for both branches: dropout must not differ between them.
             f_t = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
             f_s = nets[target].jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
-            weight = 1 / (_bounded_rho(process, t) - _bounded_rho(process, s)) if self.weighted else 1.0
+            weight = per_interval(process, t, s) if self.weighted else 1.0
             distance = self.distance(f_t, jax.lax.stop_gradient(f_s))
             return jnp.mean(weight * distance), {"intervals": n, "distance": jnp.mean(distance)}
 
@@ -69,22 +68,47 @@ class Consistency:
             sampling=Sampling(lambda steps: renoising_times(process, steps), gamma=1.0),
         )
 
-    def number_of_intervals(self, progress: Progress) -> Array:
-        """N at a moment of training: doubling from `intervals` to `max_intervals`, piecewise constant."""
-        doublings = max(0, (self.max_intervals // self.intervals).bit_length() - 1)
-        k = jnp.floor((doublings + 1) * progress.share)
-        return jnp.minimum(self.intervals * 2.0 ** jnp.minimum(k, doublings), self.max_intervals)
 
-    def node(self, process: Process, i: Array, n: Array) -> Array:
-        """Node i of n + 1, from t_max at 0 over t_min at n − 1 to 0 at n (Karras et al. 2022, eq. 5)."""
-        rho = _bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / self.rho)
-        ratio = (rho[0] + jnp.clip(i / (n - 1), 0, 1) * (rho[1] - rho[0])) ** self.rho
-        inner = jnp.where(i <= 0, process.t_max, process.time_of(-jnp.log(ratio)))
-        return jnp.where(i >= n, 0.0, inner)
+def doubled(progress: Progress, first: int, last: int) -> Array:
+    """N at a moment of training: doubling from `first` to at most `last` at equal spans, piecewise constant.
+
+    Song & Dhariwal 2023, sec. 3.4: N = min(s0 2^⌊k/K'⌋, s1), K' = K/(⌊log2 s1/s0⌋ + 1).
+    """
+    doublings = max(0, (last // first).bit_length() - 1)
+    k = jnp.floor((doublings + 1) * progress.share)
+    return jnp.minimum(first * 2.0 ** jnp.minimum(k, doublings), last)
 
 
-def _bounded_rho(process: Process, t: Array) -> Array:
+def node(process: Process, i: Array, n: Array, rho: float = 7.0) -> Array:
+    """Node i of n + 1, from t_max at 0 over t_min at n − 1 to 0 at n; i may lie between (Karras et al. 2022, eq. 5).
+
+    Beyond n − 1 it stays at t_min until n. With n = 1 the ramp from t_max to t_min ends where 0 is.
+    """
+    high, low = _ramp(process, rho)
+    ratio = (high + jnp.clip(i / jnp.maximum(n - 1, 1), 0, 1) * (low - high)) ** rho
+    inner = jnp.where(i <= 0, process.t_max, process.time_of(-jnp.log(ratio)))
+    return jnp.where(i >= n, 0.0, inner)
+
+
+def position(process: Process, t: Array, n: Array, rho: float = 7.0) -> Array:
+    """The i in [0, n] for which `node` i of n + 1 is t; n for times below t_min, but for rounding."""
+    high, low = _ramp(process, rho)
+    i = jnp.maximum(n - 1, 1) * (high - bounded_rho(process, t) ** (1 / rho)) / (high - low)
+    return jnp.where(t < 0.99 * process.t_min, n, jnp.clip(i, 0, n))
+
+
+def per_interval(process: Process, t: Array, s: Array) -> Array:
+    """1/(ρ_t − ρ_s), by which every interval pulls alike on its start (Song & Dhariwal 2023, sec. 3.2)."""
+    return 1 / (bounded_rho(process, t) - bounded_rho(process, s))
+
+
+def bounded_rho(process: Process, t: Array) -> Array:
+    """The noise-to-signal ratio, bounded where there is no signal."""
     return jnp.exp(-jnp.maximum(process.half_log_snr(t), -math.log(LARGEST_RHO)))
+
+
+def _ramp(process: Process, rho: float) -> Array:
+    return bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
 
 
 def renoising_times(process: Process, steps: int) -> Array:

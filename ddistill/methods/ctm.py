@@ -1,0 +1,177 @@
+"""Consistency trajectory models: jumps between any two times of the teacher's trajectories (Kim et al. 2024)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ddistill import grids
+from ddistill.integrators import dpmpp_3s
+from ddistill.losses.distances import Distance, PseudoHuber
+from ddistill.losses.times import LogNormal, TimeLaw
+from ddistill.losses.weightings import EDMWeight, Weighting
+from ddistill.methods.base import Batch, Method, Sampling, from_teacher
+from ddistill.net import Net, frozen
+from ddistill.process import LARGEST_RHO, Process, expand
+
+Adversarial = Callable[[Mapping[str, Net], Array, Batch, Array], Array]
+"""(nets, fake x0 [B, ...], batch, key) -> scalar: what a discriminator has against the student's samples."""
+
+
+@dataclass(frozen=True)
+class HalfKarras:
+    """Half of the times log-normal, half on Karras' ramp, from t_max over the share `reach` of it (Kim et al. 2024)."""
+
+    normal: LogNormal = field(default_factory=LogNormal)
+    reach: float = 0.7
+    rho: float = 7.0
+
+    def __call__(self, process: Process, key: Array, n: int) -> Array:
+        """Draw n times."""
+        k_normal, k_ramp = jax.random.split(key)
+        ramp = _ramp(process, self.reach * jax.random.uniform(k_ramp, (n,)), self.rho)
+        return jnp.where(jnp.arange(n) % 2 == 0, self.normal(process, k_normal, n), ramp)
+
+
+@dataclass(frozen=True)
+class CTM:
+    """L_CTM + λ L_DSM + λ' L_GAN (Kim et al. 2024, eq. 13), G_θ(x_t, t, s) being the student's jump, s ≤ u < t:
+
+    L_CTM = E w d(G_θ⁻(G_θ(x_t, t, s), s, 0), G_θ⁻(G_θ⁻(Solver_φ(x_t, t → u), u, s), s, 0))   (eq. 7, 8)
+    L_DSM = E w'(t) ‖x̂ − g_θ(x_t, t, t)‖²                                                     (eq. 10)
+
+    Both sides are carried to the data by the frozen outer map, whose parameters θ⁻ are stopped and through whose input
+    the gradient flows.
+
+    Times lie on Karras' grid of `intervals` intervals, the last of which ends at 0; between its nodes too, or with
+    between = False on them alone, as in the paper. gap: the smallest and the largest t − u as shares of that grid,
+    drawn with a density proportional to t − u; u is never below s. (.12, .12) is local matching, (0, 1) soft and (1, 1)
+    global (u = s). final: share of the batch with s = 0, over those that the uniform law of s puts there. solver: any
+    deterministic integrator, with solver_steps from t to u. weighted: w = 1/(ρ_t − ρ_u), the pull on the start of each
+    gap being alike; 1 in the paper. target_ema: θ⁻ is the student itself (0) or its average. dsm: λ; None is the
+    paper's adaptive one by the parameters of path `last_layer` (`balance`). exact: x̂ is the teacher's denoiser instead
+    of x0: the same optimum, less noise. adversarial: a term of weight adversarial_weight on the left side's samples.
+    """
+
+    gap: tuple[float, float] = (0.12, 0.12)
+    intervals: int = 18
+    between: bool = True
+    final: float = 0.25
+    solver: Callable = dpmpp_3s
+    solver_steps: int = 2
+    distance: Distance = field(default_factory=PseudoHuber)
+    weighted: bool = True
+    target_ema: float = 0.0
+    dsm: float | None = 0.3
+    dsm_times: TimeLaw = field(default_factory=HalfKarras)
+    dsm_weighting: Weighting = field(default_factory=EDMWeight)
+    exact: bool = True
+    last_layer: str = "outward.kernel"
+    adversarial: Adversarial | None = None
+    adversarial_weight: float = 1.0
+    ema: float = 0.99
+    rho: float = 7.0
+
+    def __post_init__(self):
+        low, high = self.gap
+        if not 0 <= low <= high <= 1 or high == 0:
+            raise ValueError(f"gap = {self.gap} must be shares of the time range, 0 <= smallest <= largest <= 1, not 0")
+
+    def __call__(self, process: Process) -> Method:
+        """The method on a process."""
+        target = "target" if self.target_ema else "student"
+
+        def loss(nets, batch, progress, key):
+            x0, cond = batch["x"], batch.get("cond")
+            k_times, k_noise, k_net, k_dsm, k_gan = jax.random.split(key, 5)
+            outer = frozen(nets[target])
+            nodes, s = self.times(process, k_times, x0.shape[0])
+            t, u, zero = nodes[0], nodes[-1], jnp.zeros_like(s)
+            x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
+            x_u = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
+            goal = outer.jump(process, x_u, u, s, cond, key=k_net)
+            goal = jax.lax.stop_gradient(outer.jump(process, goal, s, zero, cond, key=k_net))
+            weight = 1 / (_bounded_rho(process, t) - _bounded_rho(process, u)) if self.weighted else 1.0
+
+            def ctm(student):
+                x_s = student.jump(process, x_t, t, s, cond, key=k_net)
+                estimate = outer.jump(process, x_s, s, zero, cond, key=k_net)
+                return jnp.mean(weight * self.distance(estimate, goal)), estimate
+
+            def dsm(student):
+                k_t, k_noise, k_net = jax.random.split(k_dsm, 3)
+                t = self.dsm_times(process, k_t, x0.shape[0])
+                x = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
+                clean = nets["teacher"](x, t, cond) if self.exact else x0
+                error = (student(x, t, cond, s=t, key=k_net) - clean) ** 2
+                return jnp.mean(expand(self.dsm_weighting(process, t), x) * error)
+
+            student = nets["student"]
+            (l_ctm, estimate), l_dsm = ctm(student), dsm(student)
+            share = self.balance(lambda net: ctm(net)[0], dsm, student) if self.dsm is None else jnp.asarray(self.dsm)
+            total, metrics = l_ctm + share * l_dsm, {"ctm": l_ctm, "dsm": l_dsm, "dsm_weight": share}
+            if self.adversarial is not None:
+                metrics["gan"] = self.adversarial(nets, estimate, batch, k_gan)
+                total = total + self.adversarial_weight * metrics["gan"]
+            return total, metrics
+
+        averages = {"target": ("student", self.target_ema)} if self.target_ema else {}
+        return Method(
+            losses={"student": loss},
+            init={"student": from_teacher},
+            ema={"ema": ("student", self.ema), **averages},
+            needs=frozenset({"x"}),
+            result="ema",
+            sampling=Sampling(lambda steps: flow_times(process, steps)),
+        )
+
+    def times(self, process: Process, key: Array, n: int) -> tuple[Array, Array]:
+        """Draw the solver's nodes [solver_steps + 1, n] from t to u < t, and s [n] ≤ u."""
+        k_t, k_gap, k_s, k_final = jax.random.split(key, 4)
+        low, high = (share * self.intervals for share in self.gap)
+        t, last = jax.random.uniform(k_t, (n,)), self.intervals
+        t = t * (last - 1) if self.between else jnp.floor(t * last)
+        gap = jnp.sqrt(jax.random.uniform(k_gap, (n,), minval=low**2, maxval=high**2))
+        s = last - (last - t) * jax.random.uniform(k_s, (n,))  # in (t, last]
+        if not self.between:
+            gap, s = jnp.maximum(jnp.ceil(gap), 1), jnp.ceil(s)
+        s = jnp.where(jax.random.uniform(k_final, (n,)) < self.final, last, s)
+        u = jnp.minimum(t + gap, s)
+        # Steps to 0 take their inner nodes above t_min, where the teacher is defined.
+        inner = [t + k / self.solver_steps * (jnp.minimum(u, last - 1) - t) for k in range(self.solver_steps)]
+        return self.node(process, jnp.stack([*inner, u])), self.node(process, s)
+
+    def node(self, process: Process, i: Array) -> Array:
+        """Karras' node i (Karras et al. 2022, eq. 5): t_max at 0, t_min at intervals − 1, and 0 beyond."""
+        return jnp.where(i > self.intervals - 1, 0.0, _ramp(process, i / (self.intervals - 1), self.rho))
+
+    def balance(self, ctm: Callable[[Net], Array], dsm: Callable[[Net], Array], student: Net) -> Array:
+        """λ = ‖∇ L_CTM‖/(‖∇ L_DSM‖ + 1e-4) by the parameters `last_layer`, behind a stop-gradient (eq. 12)."""
+        if self.last_layer not in student.params:
+            raise ValueError(f"no parameters {self.last_layer!r} in the student, which has {sorted(student.params)}")
+
+        def norm(loss):
+            def of(kernel):
+                return loss(student.replace(params={**student.params, self.last_layer: kernel}))
+
+            return jnp.linalg.norm(jax.grad(of)(student.params[self.last_layer]))
+
+        return jax.lax.stop_gradient(norm(ctm) / (norm(dsm) + 1e-4))
+
+
+def flow_times(process: Process, steps: int) -> Array:
+    """Times [steps + 1] of the deterministic sampler: Karras' nodes from t_max to t_min, then 0 in place of t_min."""
+    return jnp.asarray(grids.karras(process, steps, final=None)).at[-1].set(0.0)
+
+
+def _ramp(process: Process, share: Array, rho: float) -> Array:
+    """From t_max at share 0 to t_min at 1, uniform in the noise-to-signal ratio to the power 1/rho."""
+    high, low = _bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
+    ratio = high + jnp.clip(share, 0, 1) * (low - high)
+    return jnp.where(share <= 0, process.t_max, process.time_of(-rho * jnp.log(ratio)))
+
+
+def _bounded_rho(process: Process, t: Array) -> Array:
+    return jnp.minimum(jnp.exp(-process.half_log_snr(t)), LARGEST_RHO)

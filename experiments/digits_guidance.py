@@ -1,0 +1,11 @@
+"""Digits, distilled by distillation of guidance, then consistency."""
+
+import dataclasses
+
+from ddistill import quickstart
+from ddistill.config import Experiment
+from ddistill.methods import GuidanceDistillation
+
+
+def experiment() -> Experiment:
+    return dataclasses.replace(quickstart.experiment(), name="digits_guidance", method=GuidanceDistillation())

@@ -1,0 +1,176 @@
+"""Research direction: "high CFG", why strong guidance is hard for few steps, and where.
+
+The conditional is the first component of the three-mode mixture, the unconditional all of it, and the guided field is
+exact, on rectified flow. (1) Straightness S(w) = ∫ E ‖(x_1 − x_0) − u(x_t, t)‖² dt of the guided flow, which part of
+it lies at t > .8, and the errors of Euler with 1, 2 and 4 steps. (2) As many steps with nodes where they help, and
+guidance that is switched on only below some noise. (3) One-step students by knowledge distillation of each.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import Training, command_line, conclude, gmm2d, over_seeds, table
+from flax import nnx
+
+from ddistill.integrators import euler
+from ddistill.integrators.exact import flow_map
+from ddistill.methods import KD
+from ddistill.mixture import Mixture, as_teacher
+from ddistill.net import EDMPrecondition, Net, from_nnx, guided
+from ddistill.networks.mlp import MLP
+from ddistill.process import flow
+
+PROCESS = flow()
+SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+END = 1e-3
+NULL = 3
+
+
+def teacher(w: float, below: float = math.inf) -> Net:
+    """The exact denoiser of the first component under guidance, which is switched off above t = below."""
+    mixture = gmm2d()
+    labelled = Mixture(mixture.weights, mixture.means, mixture.scales, mixture.bases, np.arange(3, dtype=np.int32), 3)
+    return guided(as_teacher(labelled, PROCESS), w, np.int32(NULL), (0.0, below))
+
+
+def labels(x: jax.Array) -> jax.Array:
+    """The first component's label for every sample."""
+    return jnp.zeros(x.shape[0], jnp.int32)
+
+
+def exact(net: Net, noise: jax.Array) -> jax.Array:
+    """Where the guided flow ends, at t = 1e-3."""
+    return flow_map(net.bind(labels(noise)), PROCESS, noise, 1.0, END)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def bend(net: Net, noise: jax.Array, steps: int = 400) -> tuple[jax.Array, jax.Array]:
+    """S, and its part from t > .8, by Heun's method along the trajectory."""
+    nodes = jnp.linspace(1.0, END, steps + 1)
+
+    def velocity(x, t):
+        return PROCESS.velocity(net(x, t, labels(x)), x, t)
+
+    def one(x, times):
+        t, s = times
+        u = velocity(x, t)
+        y = x + (s - t) * u
+        u = 0.5 * (u + velocity(y, s))
+        return x + (s - t) * u, u
+
+    x, u = jax.lax.scan(one, noise, (nodes[:-1], nodes[1:]))
+    straight = (noise - x) / (1 - END)
+    deviation = jnp.mean(jnp.sum((u - straight) ** 2, -1), -1)
+    return jnp.mean(deviation), jnp.mean(jnp.where(nodes[:-1] > 0.8, deviation, 0.0))
+
+
+def rms(a: jax.Array) -> float:
+    """Root of the mean squared length."""
+    return float(jnp.sqrt(jnp.mean(jnp.sum(a**2, -1))))
+
+
+@jax.jit
+def euler_error(net: Net, noise: jax.Array, end: jax.Array, grid: jax.Array) -> jax.Array:
+    """Error of Euler's method on a grid."""
+    error = euler(net.bind(labels(noise)), PROCESS, grid, noise).x - end
+    return jnp.sqrt(jnp.mean(jnp.sum(error**2, -1)))
+
+
+def main(seeds: int = 3, samples: int = 4000, steps: int = 1000) -> dict[float, dict[str, np.ndarray]]:
+    """Print the tables."""
+    middles = np.linspace(0.05, 0.95, 37)
+
+    def measured(w, below=math.inf):
+        net = teacher(w, below)
+        scan = jax.jit(
+            lambda noise, end: jax.lax.map(
+                lambda m: euler_error(net, noise, end, jnp.stack([jnp.ones(()), m, jnp.asarray(END)])),
+                jnp.asarray(middles),
+            )
+        )
+
+        def one(seed):
+            noise = jax.random.normal(jax.random.key(seed), (samples, 2))
+            end = exact(net, noise)
+            s, early = bend(net, noise)
+            two = np.asarray(scan(noise, end))
+            errors = {n: float(euler_error(net, noise, end, jnp.linspace(1, END, n + 1))) for n in (1, 2, 4)}
+            # Nodes crowded at the noise: t = 1 − (1 − u)² falls short steps first.
+            crowded = 1 - (1 - END) * jnp.linspace(0, 1, 5) ** 2
+            return {
+                "S": float(s), "early": float(early / s), "Euler-1": errors[1], "Euler-2": errors[2],
+                "best": float(two.min()), "at": float(middles[two.argmin()]), "Euler-4": errors[4],
+                "crowded": float(euler_error(net, noise, end, crowded)),
+                "spread": rms(end - end.mean(0)), "moved": rms(end - exact(teacher(w), noise)),
+            }  # fmt: skip
+
+        return over_seeds(seeds, one)
+
+    rows = {w: measured(w) for w in SCALES}
+    columns = ["S", "early", "Euler-1", "Euler-2", "best", "at", "Euler-4", "crowded", "spread"]
+    header = [
+        "w",
+        "S(w)",
+        "share of S at t > .8",
+        "Euler-1",
+        "Euler-2 (t = .5)",
+        "Euler-2, best",
+        "its t",
+        "Euler-4",
+        "Euler-4, crowded at the noise",
+        "spread of x_0",
+    ]
+    table(
+        "Guided rectified flow: root-mean-square errors",
+        header,
+        [[f"{w:g}", *(row[c] for c in columns)] for w, row in rows.items()],
+    )
+
+    late = {w: measured(w, 0.8) for w in SCALES[2:]}
+    header = ["w, only at t ≤ .8", "S", "Euler-1", "Euler-2 (t = .5)", "Euler-4", "its x_0 away from full guidance's"]
+    columns = ["S", "Euler-1", "Euler-2", "Euler-4", "moved"]
+    table(
+        "Guidance switched off at the noisiest times",
+        header,
+        [[f"{w:g}", *(row[c] for c in columns)] for w, row in late.items()],
+    )
+
+    def rows_of(key, store):
+        chosen = jax.random.randint(key, (256,), 0, len(store["x"]))
+        return {name: array[chosen] for name, array in store.items()}
+
+    distil = Training(KD()(PROCESS), rows_of, steps)
+    for w in SCALES:
+        net = teacher(w)
+
+        def student(seed, net=net, w=w):
+            k_init, k_noise, k_train, k_test = jax.random.split(jax.random.key(100 + seed), 4)
+            noise, test = jax.random.normal(k_noise, (20_000, 2)), jax.random.normal(k_test, (samples, 2))
+            module = MLP(2, 64, 3, rngs=nnx.Rngs(k_init))
+            start = from_nnx(module, PROCESS, EDMPrecondition(1.3))
+            end = exact(net, test)
+            trained = distil(start, start, k_train, {"noise": noise, "x": exact(net, noise)})
+            error = rms(trained.jump(PROCESS, test, 1.0, 0.0) - end)
+            return {"student": error, "relative": error / rms(end - end.mean(0))}
+
+        rows[w] |= over_seeds(seeds, student)
+    header = ["w", "student, 1 step", "over the spread of x_0"]
+    table(
+        "One-step students by knowledge distillation",
+        header,
+        [[f"{w:g}", row["student"], row["relative"]] for w, row in rows.items()],
+    )
+
+    def mean(name):
+        return [float(rows[w][name].mean()) for w in SCALES]
+
+    holds = mean("S")[4] > mean("S")[3] > mean("S")[2] > mean("S")[1] and mean("best")[4] < 0.1 * mean("Euler-1")[4]
+    conclude(holds, f"S grows from {mean('S')[1]:.2f} at w = 1 to {mean('S')[4]:.1f} at w = 8")
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,59 @@
+"""Several students of one teacher in one table: who is judged at which steps, and what cannot be compared."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ddistill import quickstart
+from ddistill.cli import main
+from ddistill.compare import compare, markdown
+from ddistill.config import MLPNetwork
+from ddistill.methods import KD, Consistency
+
+TINY = dataclasses.replace(
+    quickstart.experiment(),
+    name="consistency",
+    network=MLPNetwork(width=16, blocks=1),
+    teacher=dataclasses.replace(quickstart.experiment().teacher, steps=3),
+    method=Consistency(solver_steps=1),
+    steps=2,
+    batch_size=32,
+)
+ONE_STEP = dataclasses.replace(TINY, name="kd", method=KD(steps=(1,), pairs=64, teacher_steps=4))
+
+
+def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains_nothing(tmp_path):
+    said = []
+    rows = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path, say=said.append))
+    assert said == ["training the teacher", "distilling consistency", "distilling kd"]
+    calls = [(row["sampler"], row["nfe"]) for row in rows]
+    assert calls[-3:] == [("consistency", 1), ("consistency", 2), ("kd", 1)]
+    assert [c[1] for c in calls[:5]] == [None, 35, 8, 1, 2]
+    assert all((row["train_s"] is not None) == (row["sampler"] in ("consistency", "kd")) for row in rows)
+    page = markdown(rows, [TINY, ONE_STEP], "the command")
+    assert "`the command`" in page and page.count("| kd |") == 2 and page.count("| consistency | ") == 3
+    again = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path))
+    same = ("frechet", "recall", "accuracy")
+    assert [[r[k] for k in same] for r in again] == [[r[k] for k in same] for r in rows]
+
+
+def test_experiments_must_share_their_teacher_and_not_their_name():
+    other = dataclasses.replace(TINY, name="other", network=MLPNetwork(width=32))
+    with pytest.raises(ValueError, match=r"other has another teacher than consistency: network\.width: 16"):
+        next(compare([TINY, other]))
+    with pytest.raises(ValueError, match="different names"):
+        next(compare([TINY, TINY]))
+
+
+def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
+    from ddistill.cli import commands
+
+    file = tmp_path / "tiny.py"
+    file.write_text("from tests_tiny import TINY\n\ndef experiment():\n    return TINY\n")
+    monkeypatch.setattr(commands, "load_experiment", lambda path: TINY)
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(file), "--out", "page.md", "--steps", "1"]) == 0
+    assert "consistency" in (tmp_path / "page.md").read_text()
+    assert json.loads((tmp_path / "page.json").read_text())["rows"][-1]["sampler"] == "consistency"
+    assert main(["compare", "--out", "page.md"]) == 2

@@ -1,0 +1,227 @@
+"""Where methods coincide: each equality is of two losses, written by two papers, on the same draws.
+
+Random numbers are fixed for a test by their shape alone, so that two losses that split their keys differently see the
+same noise and the same places in their ranges.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddistill.integrators import ddim, ddpm, euler, heun, sde_dpmpp_2m
+from ddistill.losses.distances import L2, PseudoHuber
+from ddistill.losses.times import Uniform
+from ddistill.losses.weightings import DataWeight, VelocityWeight
+from ddistill.methods import KD, Consistency, Denoising
+from ddistill.methods.base import Progress, rounds
+from ddistill.methods.consistency import node
+from ddistill.methods.consistency_training import ConsistencyTraining
+from ddistill.methods.ctm import CTM
+from ddistill.methods.intervals import Segments
+from ddistill.methods.multistep import MultistepConsistency
+from ddistill.methods.phased import PhasedConsistency
+from ddistill.methods.progressive import Progressive
+from ddistill.methods.rectified_flow import RectifiedFlow
+from ddistill.mixture import Mixture, as_teacher
+from ddistill.net import Net
+from ddistill.process import edm, flow, vp
+from ddistill.sample import sample
+
+MIXTURE = Mixture.from_covariances([0.6, 0.4], [[0.5, 0.1], [-0.7, 0.0]], [0.02 * np.eye(2)] * 2)
+B = 8
+X = np.random.default_rng(2).normal(size=(B, 2)).astype(np.float32) * 0.5
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Fix what jax.random answers: B places in (0, .8), and noise, alike for every key."""
+    places = np.random.default_rng(0).uniform(0.02, 0.8, B).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(B, 2)).astype(np.float32)
+
+    def uniform(key, shape=(), dtype=None, minval=0.0, maxval=1.0):
+        return minval + (maxval - minval) * jnp.asarray(places[: shape[0]] if shape else places[0])
+
+    monkeypatch.setattr(jax.random, "uniform", uniform)
+
+    def normal(key, shape=(), dtype=None):
+        return jnp.asarray(noise if len(shape) == 2 else noise[:, 0])
+
+    monkeypatch.setattr(jax.random, "normal", normal)
+    return places, noise
+
+
+def student(process):
+    """A student that reads everything: x, t and where it jumps to."""
+
+    def apply(params, rest, x, t, cond, *, s, key):
+        to = 0.0 if s is None else jnp.log1p(s)[:, None]
+        return jnp.tanh(params["a"] * x + 0.1 * jnp.log1p(t)[:, None] + 0.3 * to)
+
+    return Net({"a": jnp.asarray(0.7)}, {}, apply)
+
+
+def loss_of(method, process, nets=None, **batch):
+    """Loss and its gradient by the student's one parameter."""
+    batch = {"x": X, **batch}
+    nets = {"teacher": as_teacher(MIXTURE, process), "student": student(process), **(nets or {})}
+
+    def value(a):
+        trained = nets["student"].replace(params={"a": a})
+        return method.losses["student"]({**nets, "student": trained}, batch, Progress(0), jax.random.key(0))[0]
+
+    return np.asarray(jax.value_and_grad(value)(0.7))
+
+
+def cd(**changes):
+    return Consistency(intervals=6, max_intervals=6, weighted=False, **changes)
+
+
+def test_ctm_to_the_data_from_neighbours_is_consistency_distillation(draws):
+    process, config = edm(), cd(solver=heun, solver_steps=2)
+    i, n = jnp.asarray(draws[0]) * 6, jnp.asarray(6.0)
+    t, m, s = (node(process, i + k, n) for k in (0.0, 0.5, 1.0))
+
+    class ToTheData(CTM):
+        def times(self, process, key, count):
+            return jnp.stack([t, m, s]), jnp.zeros_like(s)
+
+    ctm = ToTheData(solver=heun, solver_steps=2, dsm=0.0)(process)
+    np.testing.assert_allclose(loss_of(ctm, process), loss_of(config(process), process), rtol=1e-5)
+
+
+def test_phased_consistency_with_one_phase_is_consistency_distillation(draws):
+    process = edm()
+    phased = PhasedConsistency(Segments(phases=(1,), intervals=6, max_intervals=6), weighted=False)
+    np.testing.assert_allclose(loss_of(phased(process), process), loss_of(cd()(process), process), rtol=1e-4)
+
+
+def test_multistep_consistency_with_one_segment_is_consistency_distillation(draws):
+    process = edm()
+    one = Segments(phases=(1,), intervals=6, max_intervals=6)
+    multistep = MultistepConsistency(one, weighting=DataWeight())
+    np.testing.assert_allclose(loss_of(multistep(process), process), loss_of(cd()(process), process), rtol=1e-4)
+
+
+def test_consistency_training_is_distillation_of_a_teacher_that_knows_the_data(draws):
+    process, x = edm(), jnp.asarray(X)
+    oracle = Net({}, {}, lambda p, r, y, t, c, **k: x)
+    distillation = loss_of(cd(solver=ddim, solver_steps=1)(process), process, {"teacher": oracle})
+
+    @dataclasses.dataclass(frozen=True)
+    class Same:
+        def __call__(self, process, progress, key, count):
+            i, n = jnp.asarray(draws[0]) * 6, jnp.asarray(6.0)
+            return node(process, i, n), node(process, i + 1, n)
+
+    training = loss_of(ConsistencyTraining(neighbours=Same(), weighted=False)(process), process)
+    np.testing.assert_allclose(training, distillation, rtol=1e-4)
+
+
+def test_consistency_training_against_the_data_is_denoising(draws):
+    process = edm()
+    nets = {"student": student(process)}
+
+    @dataclasses.dataclass(frozen=True)
+    class ToTheData:
+        def __call__(self, process, progress, key, count):
+            t = Uniform()(process, key, count)
+            return t, jnp.zeros_like(t)
+
+    training = ConsistencyTraining(neighbours=ToTheData(), distance=L2(), weighted=False)(process)
+    # The student's estimate must not depend on s here: the diffusion model has none.
+    plain = Net({"a": jnp.asarray(0.7)}, {}, lambda p, r, x, t, c, **k: jnp.tanh(p["a"] * x))
+    nets = {"student": plain}
+    denoising = Denoising(times=Uniform(), weighting=DataWeight())(process)
+    np.testing.assert_allclose(loss_of(training, process, nets), loss_of(denoising, process, nets), rtol=1e-5)
+
+
+def test_consistency_on_one_interval_is_knowledge_distillation(draws):
+    process, teacher = edm(), as_teacher(MIXTURE, edm())
+    config = Consistency(
+        intervals=1,
+        max_intervals=1,
+        between=False,
+        weighted=False,
+        solver=euler,
+        solver_steps=1,
+        distance=PseudoHuber(),
+    )
+    x = jnp.asarray(X)
+    noise = process.diffuse(x, jnp.asarray(draws[1]), process.t_max)
+    made = euler(teacher.bind(), process, jnp.asarray([process.t_max, 0.0]), noise).x
+    kd = KD(steps=(1,), distance=PseudoHuber())(process)
+    distilled = loss_of(kd, process, noise=noise, **{"x": made})
+    np.testing.assert_allclose(loss_of(config(process), process), distilled, rtol=1e-5)
+
+
+def test_rectified_flow_on_independent_pairs_is_denoising_with_the_weight_of_the_velocity(draws):
+    process = flow()
+    plain = {"student": Net({"a": jnp.asarray(0.7)}, {}, lambda p, r, x, t, c, **k: jnp.tanh(p["a"] * x))}
+    rectified = RectifiedFlow(times=Uniform())(process)
+    denoising = Denoising(times=Uniform(), weighting=VelocityWeight())(process)
+    np.testing.assert_allclose(loss_of(rectified, process, plain), loss_of(denoising, process, plain), rtol=1e-4)
+
+
+def test_progressive_distillation_is_multistep_consistency_with_one_step_per_segment(monkeypatch):
+    """With as many segments as steps nothing is left for the student to be consistent with but the teacher."""
+    process, n = edm(), 4
+    x, noise = jnp.full((n, 2), 0.4), jnp.asarray([[0.3, -1.1]] * n)
+    places = jnp.arange(n) / n + 1e-6  # the upper end of each segment, one sample in each
+
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=None: noise)
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(), *a, **k: places)
+    progressive = Progressive(start=2 * n, solver=ddim, weighting=DataWeight(), distance=L2(), rehearsal=0.0)
+
+    def edges(process, steps):
+        return progressive.node(process, jnp.arange(steps, -1, -1) / steps)
+
+    class Halves(Segments):
+        def draw(self, process, progress, key, count):
+            u = 1 - jnp.arange(n) / n
+            nodes = jnp.stack([progressive.node(process, u - k / (2 * n)) for k in range(3)])
+            pair = Segments.draw(self, process, progress, key, count)
+            return pair._replace(t=nodes[0], s=nodes[2], edge=nodes[2], nodes=nodes)
+
+    segments = Halves(phases=(n,), edges=edges, intervals=n, max_intervals=n, solver=ddim, solver_steps=2)
+    multistep = MultistepConsistency(segments, distance=L2(), weighting=DataWeight())
+    halving = rounds(progressive(process))[0].method
+    np.testing.assert_allclose(loss_of(halving, process, x=x), loss_of(multistep(process), process, x=x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("process", [edm(), flow()], ids=lambda p: type(p.schedule).__name__)
+def test_euler_is_ddim_where_signal_and_noise_are_linear_in_time(process):
+    teacher, times = as_teacher(MIXTURE, process).bind(), jnp.linspace(process.t_max, 0.0, 6)
+    x = process.prior(jax.random.key(0), (5, 2))
+    paths = [solver(teacher, process, times, x).x for solver in (euler, ddim)]
+    np.testing.assert_allclose(*paths, rtol=1e-4, atol=1e-5)
+    curved = [
+        solver(as_teacher(MIXTURE, vp()).bind(), vp(), jnp.linspace(1.0, 0.0, 6), x).x for solver in (euler, ddim)
+    ]
+    assert np.abs(curved[0] - curved[1]).max() > 1e-2
+
+
+def test_ddpm_is_ddim_with_full_noise_and_the_first_step_of_the_sde_solver():
+    process, key = vp(), jax.random.key(1)
+    teacher, times = as_teacher(MIXTURE, process).bind(), jnp.asarray([1.0, 0.4, 0.1])
+    x = process.prior(jax.random.key(0), (5, 2))
+    ends = [
+        ddpm(teacher, process, times, x, key).x,
+        ddim(teacher, process, times, x, key, eta=1.0).x,
+    ]
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-5)
+    one = jnp.asarray([1.0, 0.4])
+    first = [s(teacher, process, one, x, key).x for s in (ddpm, sde_dpmpp_2m)]
+    np.testing.assert_allclose(*first, rtol=1e-4, atol=1e-5)
+
+
+def test_gamma_zero_is_the_flow_map_and_gamma_one_the_consistency_sampler():
+    process, net = edm(), student(edm())
+    times, x, key = jnp.asarray([80.0, 2.0, 0.0]), 80 * jax.random.normal(jax.random.key(0), (4, 2)), jax.random.key(7)
+    by_hand = net.jump(process, net.jump(process, x, 80.0, 2.0), 2.0, 0.0)
+    np.testing.assert_allclose(sample(net, process, times, x).x, by_hand, rtol=1e-5)
+    renoised = net.jump(process, x, 80.0, 0.0) + 2 * jax.random.normal(jax.random.fold_in(key, 0), x.shape)
+    by_hand = net.jump(process, renoised, 2.0, 0.0)
+    np.testing.assert_allclose(sample(net, process, times, x, key, gamma=1.0).x, by_hand, rtol=1e-5)

@@ -1,0 +1,106 @@
+"""Exact likelihoods along the probability flow, against densities in closed form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ddistill.integrators.likelihood import log_likelihood
+from ddistill.mixture import Mixture, as_teacher
+from ddistill.net import Net, diagonal
+from ddistill.process import edm, flow, trig, vp, vp_cosine
+
+MIXTURE = Mixture.from_covariances(
+    [0.6, 0.4],
+    [[0.5, 0.1, -0.4], [-0.6, 0.3, 0.2]],
+    [np.diag([0.04, 0.09, 0.05]), 0.06 * np.eye(3) + 0.02],
+    labels=[0, 1],
+)
+
+
+@pytest.mark.parametrize("process", [edm(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+def test_the_density_of_a_mixture(x64, process):
+    x = MIXTURE.sample(jax.random.key(0), 6, dtype=jnp.float64)
+    # The mixture's own marginal at t_max as prior: the flow map then makes exactly the mixture.
+    prior = functools.partial(MIXTURE.log_density, process, t=process.t_max)
+    teacher = as_teacher(MIXTURE, process)
+    got = log_likelihood(teacher.bind(), process, x, prior=prior)
+    np.testing.assert_allclose(got, MIXTURE.log_density(process, x, 0.0), atol=1e-5, rtol=0)
+
+
+def test_the_density_of_a_class_and_at_a_later_time(x64):
+    process, teacher = vp(), as_teacher(MIXTURE, vp())
+    labels = jnp.asarray([0, 1, 1, 0])
+    x = MIXTURE.sample(jax.random.key(0), 4, labels, dtype=jnp.float64)
+    prior = functools.partial(MIXTURE.log_density, process, t=process.t_max, cond=labels)
+    got = log_likelihood(teacher.bind(labels), process, x, prior=prior)
+    np.testing.assert_allclose(got, MIXTURE.log_density(process, x, 0.0, labels), atol=1e-5, rtol=0)
+    noisy = process.diffuse(x, jax.random.normal(jax.random.key(1), x.shape, x.dtype), 0.3)
+    got = log_likelihood(teacher.bind(labels), process, noisy, t=0.3, prior=prior)
+    np.testing.assert_allclose(got, MIXTURE.log_density(process, noisy, 0.3, labels), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("process", [edm(), vp_cosine()], ids=lambda p: type(p.schedule).__name__)
+def test_the_density_that_sampling_from_the_prior_makes_of_a_gaussian(x64, process):
+    # The flow of N(0, c²) scales x_T by c/√(α² c² + σ²): from N(0, σ²), what it makes has this variance.
+    c, t = 0.7, process.t_max
+    alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+    std = sigma * c / np.sqrt((alpha * c) ** 2 + sigma**2)
+
+    def denoise(x, t):
+        a, s = (f(t).reshape(-1, *(1,) * (x.ndim - 1)) for f in (process.alpha, process.sigma))
+        return a * c**2 * x / (a**2 * c**2 + s**2)
+
+    x = jax.random.normal(jax.random.key(0), (5, 2, 2), jnp.float64)
+    got = log_likelihood(lambda x, t: denoise(x, jnp.broadcast_to(t, x.shape[:1])), process, x)
+    np.testing.assert_allclose(got, stats.norm(0, std).logpdf(x).sum((1, 2)), atol=1e-5, rtol=0)
+
+
+def test_random_signs_estimate_the_trace():
+    process, bound, copies = edm(), as_teacher(MIXTURE, edm()).bind(), 256
+    x = MIXTURE.sample(jax.random.key(0), 3)
+    exact = np.asarray(log_likelihood(bound, process, x))
+
+    def estimates(probes):  # every sample of a batch has signs of its own
+        many = log_likelihood(bound, process, jnp.repeat(x, copies, 0), probes=probes, key=jax.random.key(1))
+        return np.asarray(many).reshape(3, copies)
+
+    few, many = estimates(1), estimates(16)
+    spread = few.std(1, ddof=1)
+    assert np.all(spread > 0.05)  # the covariances are not diagonal
+    np.testing.assert_allclose(few.mean(1), exact, atol=4 * spread.max() / np.sqrt(copies))
+    np.testing.assert_allclose(many.mean(1), exact, atol=spread.max() / np.sqrt(copies))
+    np.testing.assert_allclose(many.std(1) / spread, 0.25, rtol=0.3)
+    # Where the Jacobian is diagonal, one probe is exact.
+    round_ = Mixture.from_covariances([1.0], [[0.1, 0.2, 0.3]], [0.25 * np.eye(3)])
+    bound = as_teacher(round_, process).bind()
+    one = log_likelihood(bound, process, x, probes=1, key=jax.random.key(0))
+    np.testing.assert_allclose(one, log_likelihood(bound, process, x), atol=1e-3)
+
+
+def test_single_precision_and_the_diagonal_of_a_student():
+    process = edm()
+
+    def student(params, rest, x, t, cond, *, s, key):
+        return as_teacher(MIXTURE, process)(x, t) + (t - s)[:, None]  # off its diagonal it is no denoiser
+
+    x = MIXTURE.sample(jax.random.key(0), 5)
+    prior = functools.partial(MIXTURE.log_density, process, t=process.t_max)
+    got = log_likelihood(diagonal(Net({}, {}, student)).bind(), process, x, prior=prior)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, MIXTURE.log_density(process, x, 0.0), atol=2e-3)
+
+
+def test_wrong_arguments_are_met_with_words():
+    teacher, x = as_teacher(MIXTURE, edm()).bind(), jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match="come with key="):
+        log_likelihood(teacher, edm(), x, probes=2)
+    with pytest.raises(ValueError, match="probes = 0 must be at least 1"):
+        log_likelihood(teacher, edm(), x, probes=0, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="before the prior's; given 80"):
+        log_likelihood(teacher, edm(), x, t=80.0)
+    with pytest.raises(ValueError, match="likelihood at time"):
+        log_likelihood(teacher, edm(), x, t=-1.0)
