@@ -3,8 +3,10 @@
 An experiment file is Python with one function, `def experiment() -> Experiment`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -14,6 +16,7 @@ import optax
 from flax import nnx
 
 from ddistill.data import ArraySource, Source, label_dropout
+from ddistill.data.pair_store import PairStore, open_pairs
 from ddistill.losses.times import LogNormal
 from ddistill.methods.base import Made
 from ddistill.methods.denoising import Denoising
@@ -53,13 +56,15 @@ def _unit(x) -> np.ndarray:
 class Data:
     """What a dataset gives an experiment: arrays of one training set, and the shape and classes of a sample.
 
-    to_unit: from samples to brightness in [0, 1] for pictures; by default for data in [-1, 1].
+    to_unit: from samples to brightness in [0, 1] for pictures; by default for data in [-1, 1]. pairs: teacher pairs on
+    disk for methods that learn from them.
     """
 
     arrays: dict[str, np.ndarray]
     shape: tuple[int, ...]
     num_classes: int
     to_unit: Callable[[np.ndarray], np.ndarray] = _unit
+    pairs: PairStore | None = None
 
     def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
         """Shuffled batches; a share `unlabelled` of the labels is replaced by "none", for guidance."""
@@ -96,6 +101,18 @@ class DigitsData:
         digits = load_digits(self.seed)
         arrays = {"x": digits.train_x, "cond": digits.train_labels}
         return Data(arrays, digits.train_x.shape[1:], digits.num_classes, digits.to_unit)
+
+
+@dataclass(frozen=True)
+class PairsData:
+    """A dataset with teacher pairs that `ddistill pairs` made in a folder: pairs of the very teacher to be distilled."""
+
+    folder: Path
+    data: Dataset = field(default_factory=DigitsData)
+
+    def load(self) -> Data:
+        """Read the dataset and open the store."""
+        return dataclasses.replace(self.data.load(), pairs=open_pairs(self.folder))
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,10 @@ def load(path: Path | str) -> dict[str, Array | LowRank]:
             )
         )
     for name in _adapted_paths(arrays):
-        a, b = (np.shape(arrays.get(f"{name}.{end}")) for end in ("down", "up"))
-        if f"{name}.whole" not in arrays and (len(a) != 2 or len(b) != 2 or a[1] != b[0]):
+        if f"{name}.whole" in arrays:
+            continue
+        a, b = (arrays[f"{name}.{end}"].shape for end in ("down", "up"))
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
             raise ValueError(f"{path}: {name}.down {list(a)} and {name}.up {list(b)} are not the factors of a matrix")
     return {name: _update(arrays, name, 1.0) for name in _adapted_paths(arrays)}
 

@@ -105,12 +105,16 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
     def guide(teacher: Net) -> Net:
         return teacher if e.guidance == 1 else guided(teacher, e.guidance, np.int32(data.num_classes))
 
-    def from_pairs(teacher: Net, process: Process, wanted: Pairs) -> Source:
-        if "noise" in data.arrays:
+    def from_pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
+        if number == 0 and data.pairs is not None:
+            data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
+            return data.pairs.source(e.batch_size, e.seed)
+        if number == 0 and "noise" in data.arrays:
             return data.source(e.batch_size, e.seed, 0.0)
+        key = jax.random.fold_in(jax.random.key(e.seed), number)
         arrays = teacher_pairs(
-            teacher, process, jax.random.key(e.seed), wanted.count, data.shape, steps=wanted.steps,
-            integrator=wanted.integrator, points=wanted.points, num_classes=data.num_classes,
+            teacher, process, key, wanted.count, data.shape, steps=wanted.steps, integrator=wanted.integrator,
+            points=wanted.points, num_classes=data.num_classes,
         )  # fmt: skip
         return dataclasses.replace(data, arrays=arrays).source(e.batch_size, e.seed, 0.0)
 

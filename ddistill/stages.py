@@ -44,7 +44,7 @@ def stages_of(
     steps: int,
     *,
     data: Callable[[], Source],
-    pairs: Callable[[Net, Process, Pairs], Source],
+    pairs: Callable[[Net, Process, Pairs, int], Source],
     optimizer: Callable[[int], optax.GradientTransformation],
     guide: Callable[[Net], Net] = lambda teacher: teacher,
     accumulate: int = 1,
@@ -52,8 +52,8 @@ def stages_of(
     """The stages of a method, one for each of its rounds, which share `steps` out.
 
     process: the first teacher's. data: the batches of rounds without pairs. pairs: makes those of rounds with pairs,
-    from the teacher, in the student's process. guide: of the first round's teacher, in the teacher's own process; later
-    teachers are students of it.
+    from the teacher, in the student's process, for the round of a number from 0 on. guide: of the first round's
+    teacher, in the teacher's own process; later teachers are students of it.
     """
     parts = rounds(made)
     stages = []
@@ -66,8 +66,8 @@ def stages_of(
         def see(teacher: Net, first=i == 0) -> Net:
             return guide(teacher) if first else teacher
 
-        def batches(teacher: Net, wanted=part.method.pairs, target=there) -> Source:
-            return data() if wanted is None else pairs(teacher, target, wanted)
+        def batches(teacher: Net, wanted=part.method.pairs, target=there, number=i) -> Source:
+            return data() if wanted is None else pairs(teacher, target, wanted, number)
 
         name = part.name if len(parts) == 1 else f"student-{part.name}"
         stages.append(Stage(name, part.method, count, batches, optimizer, enter, see, accumulate, part.number))
@@ -201,7 +201,7 @@ def _check_needs(stage: Stage, batch) -> None:
     if missing:
         raise ValueError(
             f"stage {stage.name!r} needs {missing} in its batches, which hold {sorted(batch)}: "
-            "x is data, noise and x together are teacher pairs"
+            "x is data, noise and x together are teacher pairs, path their trajectories"
         )
 
 

@@ -8,4 +8,6 @@ from ddistill.methods import ConsistencyTraining
 
 
 def experiment() -> Experiment:
-    return dataclasses.replace(quickstart.experiment(), name="digits_consistency_training", method=ConsistencyTraining())
+    return dataclasses.replace(
+        quickstart.experiment(), name="digits_consistency_training", method=ConsistencyTraining()
+    )

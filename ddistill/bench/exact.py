@@ -126,9 +126,9 @@ def distilled(problem: Problem, made: Made, start: Net, seed: int, recipe: Recip
     def data():
         return problem.data.source(recipe.batch_size, seed, 0.0)
 
-    def pairs(teacher: Net, process: Process, wanted: Pairs) -> Source:
+    def pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
         arrays = teacher_pairs(
-            teacher, process, jax.random.fold_in(key, 0), wanted.count, problem.data.shape,
+            teacher, process, jax.random.fold_in(jax.random.fold_in(key, 0), number), wanted.count, problem.data.shape,
             steps=wanted.steps, integrator=wanted.integrator, points=wanted.points,
         )  # fmt: skip
         return Data(arrays, problem.data.shape, 0).source(recipe.batch_size, seed, 0.0)

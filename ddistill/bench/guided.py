@@ -74,7 +74,7 @@ def guided_rows(
 
         for n in (8, 35):
             begin = time.monotonic()
-            solution = dpmpp_2m(field, problem.process, grids.karras(problem.process, n), noise)
+            solution = dpmpp_2m(field, problem.process, jnp.asarray(grids.karras(problem.process, n)), noise)
             yield judged("teacher/dpmpp_2m", n, 2 * int(solution.nfe), solution.x, time.monotonic() - begin)
         cond = Scaled(labels, jnp.full(samples, w))
         for n in steps:

@@ -1,5 +1,6 @@
 """All rows of the benchmark with exact teachers: what `ddistill bench exact` prints."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from ddistill.bench.exact import Row, fitted_network, problem, recipe, reference_rows, student_rows, teacher_row
@@ -20,7 +21,8 @@ def leaderboard(names: Sequence[str], mixtures: Sequence[str], seeds: int) -> It
             for name in names:
                 entry = METHODS[name]
                 made = entry.make()(case.process)
+                trained = dataclasses.replace(plan, steps=round(entry.effort * plan.steps))
                 if entry.guided:
-                    yield from guided_rows(case, name, made, seed, plan, entry.steps)
+                    yield from guided_rows(case, name, made, seed, trained, entry.steps)
                 else:
-                    yield from student_rows(case, name, made, start, seed, plan, entry.steps)
+                    yield from student_rows(case, name, made, start, seed, trained, entry.steps)

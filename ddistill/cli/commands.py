@@ -150,7 +150,8 @@ def invert(command: Invert) -> None:
     if command.to_label is not None:
         _check_label("--to-label", command.to_label, data.num_classes)
         target = jnp.full(len(x), command.to_label)
-    rows = {"x": x, "reconstruction": np.asarray(inverter.decode(noise := inverter.encode(x, labels), labels))}
+    noise = inverter.encode(jnp.asarray(x), labels)
+    rows = {"x": x, "reconstruction": np.asarray(inverter.decode(noise, labels))}
     if target is not None:
         rows["edit"] = np.asarray(inverter.decode(noise, target))
     command.out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,8 @@ def invert(command: Invert) -> None:
     else:
         of = {"labels": labels, "edit_labels": target}
         given = {name: np.asarray(value) for name, value in of.items() if value is not None}
-        np.savez(command.out, noise=np.asarray(noise), **rows, **given)
+        arrays: dict[str, Any] = {"noise": np.asarray(noise), **rows, **given}
+        np.savez(command.out, **arrays)
     miss = float(np.sqrt(np.mean((rows["reconstruction"] - x) ** 2)))
     spread = float(np.sqrt(np.mean(np.asarray(noise) ** 2)) / process.sigma(process.t_max))
     print(
@@ -277,14 +279,20 @@ def _inputs(opened: Opened, command: Invert) -> tuple[np.ndarray, np.ndarray | N
     with np.load(command.input, allow_pickle=False) as file:
         given = {name: file[name] for name in ("x", "labels") if name in file}
     x, labels = given.get("x"), given.get("labels") if classes else None
-    fits = x is not None and x.shape[1:] == shape and len(x) and np.issubdtype(x.dtype, np.floating)
-    if fits and classes:
-        whole = labels is not None and labels.shape == x.shape[:1] and np.issubdtype(labels.dtype, np.integer)
-        fits = whole and labels.min() >= 0 and labels.max() < classes
-    if not fits:
+    if x is None or not _are_inputs(x, shape) or (classes and not _are_labels(labels, len(x), classes)):
         found = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in given.items()) or "neither"
         raise ValueError(f"--input {command.input}: this run takes {wanted}; the file holds {found}")
     return x[: command.n].astype(np.float32), None if labels is None else labels[: command.n].astype(np.int32)
+
+
+def _are_inputs(x: np.ndarray, shape: tuple[int, ...]) -> bool:
+    return x.ndim > 0 and len(x) > 0 and x.shape[1:] == shape and np.issubdtype(x.dtype, np.floating)
+
+
+def _are_labels(labels: np.ndarray | None, count: int, classes: int) -> bool:
+    if labels is None or labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        return False
+    return bool(labels.min() >= 0 and labels.max() < classes)
 
 
 def _digits(opened: Opened) -> Digits:

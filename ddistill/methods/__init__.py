@@ -25,6 +25,7 @@ class Entry:
     """A method of the table: its configuration (called with a process it gives a Method or Rounds), and its source.
 
     steps: the numbers of sampling steps that the benchmark judges. guided: the student takes a guidance scale.
+    effort: how many times the usual number of training steps it takes, for methods of several trainings.
     """
 
     make: Callable[..., Callable[[Process], Made]]
@@ -32,6 +33,7 @@ class Entry:
     paper: str
     steps: tuple[int, ...] = (1, 2, 4, 8)
     guided: bool = False
+    effort: float = 1.0
 
     @property
     def file(self) -> str:
@@ -50,7 +52,7 @@ METHODS = {
     "rectified_flow": Entry(
         RectifiedFlow, "Rectified flow (1-RF)", "Liu et al. 2022, arXiv:2209.03003", (1, 2, 4, 8, 64)
     ),
-    "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003"),
+    "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003", effort=2.0),
     "flow_consistency": Entry(FlowConsistency, "Consistency on a flow", "Yang et al. 2024, arXiv:2407.02398"),
     "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469"),
     "consistency_training": Entry(

@@ -52,7 +52,7 @@ class Pairs:
     """Teacher pairs (noise, x) to be made before training: how many, with which integrator and how many steps.
 
     points: with n > 0 the batch also holds `path` [B, n + 1, ...], the trajectory at the n + 1 nodes of Karras' grid of
-    n intervals, from the noise to the data; n must divide steps.
+    n intervals, from the noise to the data; steps are rounded up so that these are among the integrator's nodes.
     """
 
     count: int
@@ -67,11 +67,11 @@ class Method:
 
     losses: one for each trained network. init: how each trained network starts, from the teacher and a key. every: a
     network is updated at the steps that its number divides. ema: averages as name -> (network, decay), visible to the
-    losses under their name. needs: the batch entries it reads, of {"x", "noise"}; cond is always welcome. result: the
-    network or average that samples. inverse: one that jumps from the data to the noise; the result is then both in one
-    (`net.two_way`). sampling: how. pairs: teacher pairs that supply noise and x. process: where the student lives if
-    not where its teacher does; the losses see the teacher there. finish: what is done to the trained result, such as
-    merging an adapter into it.
+    losses under their name. needs: the batch entries it reads, of {"x", "noise", "path"}; cond is always welcome.
+    result: the network or average that samples. inverse: one that jumps from the data to the noise; the result is then
+    both in one (`net.two_way`). sampling: how. pairs: teacher pairs that supply noise, x and path. process: where the
+    student lives if not where its teacher does; the losses see the teacher there. finish: what is done to the trained
+    result, such as merging an adapter into it.
     """
 
     losses: Mapping[str, Loss]

@@ -47,7 +47,8 @@ class Invertible:
     them which. K phases are crossed in about `intervals` intervals in all, at least two each, uniform in ρ^{1/rho} and
     each in solver_steps steps of the solver; t is drawn between the nodes as well. Distances are relative to the size
     of points, √(σ² + α² σ_data²), where they are taken. The reverse consistency has the weight 1/(ρ_t − ρ_s) of
-    `Consistency`, the forward one none; preserve weighs the preservation.
+    `Consistency`, the forward one none. preserve: the weight of the preservation (1.5 in the paper, which is too much
+    here: it makes the pair hold on to maps that are not yet the teacher's).
     """
 
     phases: tuple[int, ...] = (1, 2, 4, 8)
@@ -85,7 +86,10 @@ class Invertible:
             down = nets["reverse"].jump(process, z, phase.upper, phase.landing, cond, key=k_net)
             up = nets["forward"].jump(process, down, phase.lower, phase.upper, cond, key=k_net)
             preserve = jnp.mean(self.apart(process, up, z, phase.upper))
-            return consistency + self.preserve * preserve, {"consistency": consistency, "preserve": preserve}
+            return consistency + self.preserve * progress.share * preserve, {
+                "consistency": consistency,
+                "preserve": preserve,
+            }
 
         def forward_loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
@@ -104,7 +108,10 @@ class Invertible:
             up = nets["forward"].jump(process, z, phase.lower, phase.upper, cond, key=k_net)
             down = nets["reverse"].jump(process, up, phase.upper, phase.landing, cond, key=k_net)
             preserve = jnp.mean(self.apart(process, down, z, phase.landing))
-            return consistency + self.preserve * preserve, {"consistency": consistency, "preserve": preserve}
+            return consistency + self.preserve * progress.share * preserve, {
+                "consistency": consistency,
+                "preserve": preserve,
+            }
 
         def times(steps: int) -> Array:
             if steps not in self.phases:

@@ -25,8 +25,8 @@ class KD:
     steps: the numbers of steps that the student can sample in. With a largest number N above 1 the pairs hold the
     trajectory x_0 … x_N at the nodes t_0 … t_N of Karras' grid, and K steps jump N/K nodes at a time: K is drawn,
     then one of its jumps i → j, and g_θ(x_i, t_i, t_j) regresses the x0 that leads from x_i to x_j, d in the space of
-    x0. The least number takes the share `few` of the samples; all jumps of the others are equally likely. distance: `Perceptual`
-    for images.
+    x0. The least number takes the share `few` of the samples; all jumps of the others are equally likely. distance:
+    `Perceptual` for images.
     """
 
     steps: tuple[int, ...] = (1, 2, 4, 8)

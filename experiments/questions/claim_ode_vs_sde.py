@@ -16,7 +16,7 @@ from ddistill import grids
 from ddistill.integrators import ddim, ddpm, dpmpp_2m, heun, heun_churn, sde_dpmpp_2m
 from ddistill.net import Net
 
-CALLS = (4, 8, 16, 64, 128)
+CALLS = (4, 8, 16, 32, 96)
 ODE = {"DDIM": ddim, "Heun": heun, "DPM++(2M)": dpmpp_2m}
 SDE = {"DDPM": ddpm, "SDE-DPM++(2M)": sde_dpmpp_2m, "EDM churn": heun_churn}
 
@@ -42,7 +42,7 @@ def errors(plane: Case, net: Net, key: jax.Array) -> dict:
 
 def main(seeds: int = 3, fit_steps: int = 150) -> dict:
     """Print the tables."""
-    plane = case(gmm8(), 3000)
+    plane = case(gmm8(), 2000)
     fit = fitting(plane, fit_steps)
     exact = over_seeds(seeds, lambda seed: errors(plane, plane.teacher, jax.random.key(seed)))
 

@@ -36,7 +36,7 @@ def main(seeds: int = 3) -> dict:
     def naive(net):
         """The network's parameters, read as those of a velocity network of the flow."""
         bare = network(plane, 0, process=there, precondition=VelocityPrecondition())
-        return bare.replace(params=net.params)
+        return bare.replace(params=net.params, rest=net.rest)
 
     inits = {
         "converted": lambda seed: retime(begin[seed], plane.process, there),

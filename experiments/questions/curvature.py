@@ -1,18 +1,17 @@
 """Research direction: "focus on the trajectory's properties": times where the teacher's trajectories bend.
 
-(1) Where they bend: κ = E ‖dε̂/dλ‖² over the half-log-SNR λ. (2) Consistency distillation with its times drawn, and its
-grid laid, uniformly in Karras' index, uniformly in log-SNR, or by curvature, at equal cost. (3) The teacher itself on
-grids with equal curvature in every interval.
+(1) Where they bend: E ‖dε̂/dλ‖² over the half-log-SNR λ. (2) Consistency distillation with its grid laid, or only its
+times drawn, uniformly in Karras' index, uniformly in log-SNR, or by curvature, at equal cost. (3) The teacher itself on
+grids with equal shares of each law in every interval.
 """
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Case, Distillation, case, command_line, conclude, gmm2d, isotropic, over_seeds, starts, table
+from common import Case, Training, case, command_line, conclude, draw, gmm2d, isotropic, over_seeds, starts, table
 from jax import Array
 
 from ddistill import grids
@@ -25,55 +24,50 @@ from ddistill.mixture import Mixture
 from ddistill.process import Process
 
 INTERVALS = 14
+COLUMNS = ("endpoint, 1 step", "sw2, 1 step", "sw2, 4 steps")
 
 
 def unseen(seed: int = 5) -> Mixture:
     """Ten modes of uneven weights and sizes that nothing here was tuned on."""
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.5, 2.0, 10)
-    return isotropic(weights / weights.sum(), rng.normal(size=(10, 2)).tolist(), rng.uniform(0.01, 0.05, 10) ** 1.5)
+    return isotropic(weights / weights.sum(), rng.normal(size=(10, 2)).tolist(), rng.uniform(0.001, 0.02, 10))
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Consistency distillation whose grid and law of times are given as warps of [0, 1].
+def consistency(process: Process) -> Method:
+    """Consistency distillation at the times of its batches: t, s one interval below, and the solver's node between."""
 
-    t = draw(u) for uniform u; s is one interval of the grid below t. weigh: each time counts as under the grid's own
-    law. Else as `Consistency`: Heun in two steps per interval, times between the nodes, weight 1/(t − s).
+    def loss(nets, batch, progress, key):
+        x0, t, s = batch["x"], batch["t"], batch["s"]
+        x_t = process.diffuse(x0, jax.random.normal(key, x0.shape), t)
+        x_s = heun(nets["teacher"].bind(), process, jnp.stack([t, batch["middle"], s]), x_t).x
+        f_t, f_s = (nets["student"].jump(process, x, r, jnp.zeros_like(r)) for x, r in ((x_t, t), (x_s, s)))
+        return jnp.mean(batch["weight"] / (t - s) * PseudoHuber()(f_t, jax.lax.stop_gradient(f_s))), {}
+
+    return Method(
+        losses={"student": loss}, init={"student": from_teacher}, ema={"ema": ("student", 0.99)}, result="ema",
+        needs=frozenset({"x"}), sampling=Sampling(lambda steps: renoising_times(process, steps), gamma=1.0),
+    )  # fmt: skip
+
+
+def timetable(process: Process, grid: Curved, law: Curved, weigh: bool = False, rows: int = 2**16) -> dict[str, Array]:
+    """Times t of the law, with a share 1/n at t_min, and s one interval below on the grid of n + 1 nodes down to 0.
+
+    The grid's nodes up to n − 1 are at equal shares of `grid`. weigh: each time counts as under the grid's own law.
     """
+    k_t, k_last = jax.random.split(jax.random.key(4))
+    n = INTERVALS
 
-    grid: Curved
-    draw: Curved
-    weigh: bool = False
+    def node(i: Array) -> Array:
+        return jnp.where(i >= n, 0.0, grid.warp(process, jnp.minimum(i / (n - 1), 1.0)))
 
-    def __call__(self, process: Process) -> Method:
-        """The method on the EDM process."""
-        n = INTERVALS
-
-        def node(i: Array) -> Array:
-            """Node i of n + 1: the warp's ends at 0 and n − 1, and the data at n."""
-            return jnp.where(i >= n, 0.0, self.grid.warp(process, jnp.minimum(i / (n - 1), 1.0)))
-
-        def loss(nets, batch, progress, key):
-            k_last, k_u, k_noise = jax.random.split(key, 3)
-            x0 = batch["x"]
-            u, last = (jax.random.uniform(k, x0.shape[:1]) for k in (k_u, k_last))
-            # One draw in n is of the last interval, from t_min to the data, which no law of times on λ holds.
-            t = jnp.where(last * n < 1, process.t_min, self.draw.warp(process, u))
-            i = (n - 1) * self.grid.position(process, t)
-            i = jnp.where(last * n < 1, n - 1.0, i)
-            s, middle = node(jnp.minimum(i + 1, n)), node(jnp.minimum(i + 0.5, n - 0.5))
-            middle = jnp.where(i > n - 1.001, 0.5 * t, middle)
-            x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
-            x_s = heun(nets["teacher"].bind(), process, jnp.stack([t, middle, s]), x_t).x
-            f_t, f_s = (nets["student"].jump(process, x, r, jnp.zeros_like(r)) for x, r in ((x_t, t), (x_s, s)))
-            weight = self.draw.weight(process, t, self.grid) if self.weigh else 1.0
-            return jnp.mean(weight / (t - s) * PseudoHuber()(f_t, jax.lax.stop_gradient(f_s))), {}
-
-        return Method(
-            losses={"student": loss}, init={"student": from_teacher}, ema={"ema": ("student", 0.99)}, result="ema",
-            needs=frozenset({"x"}), sampling=Sampling(lambda steps: renoising_times(process, steps), gamma=1.0),
-        )  # fmt: skip
+    last = jax.random.uniform(k_last, (rows,)) * n < 1
+    t = jnp.where(last, process.t_min, law(process, k_t, rows))
+    i = jnp.where(last, n - 1.0, (n - 1) * grid.position(process, t))
+    middle = jnp.where(last, 0.5 * t, node(jnp.minimum(i + 0.5, n - 1)))
+    middle = jnp.where(middle < t, middle, 0.5 * t)
+    weight = law.weight(process, t, grid) if weigh else jnp.ones_like(t)
+    return {"t": t, "middle": middle, "s": node(i + 1), "weight": weight}
 
 
 def laws(problem: Case, intervals: int = 64) -> tuple[Curved, Curved, Callable[[float, float], Curved]]:
@@ -90,33 +84,49 @@ def laws(problem: Case, intervals: int = 64) -> tuple[Curved, Curved, Callable[[
     return karras, dataclasses.replace(karras, shares=tuple(map(float, spans))), bent
 
 
-def profile(problem: Case) -> dict[str, float]:
+def profile(problem: Case) -> list[float]:
     """Where E ‖dε̂/dλ‖² is largest, and what the fifth of λ with the most of it holds."""
     lam = jnp.linspace(-4.0, 6.0, 201)
     x0 = problem.mixture.sample(jax.random.key(2), 2000)
     k2 = np.asarray(curvature(problem.teacher.bind(), problem.process, x0, lam, jax.random.key(3))) ** 2
-    top = np.sort(k2)[::-1]
-    return {"peak": float(np.exp(-lam[k2.argmax()])), "fifth": float(top[:40].sum() / top.sum())}
+    return [float(np.exp(-lam[k2.argmax()])), float(np.sort(k2)[::-1][:40].sum() / k2.sum())]
 
 
-def teacher_rows(problem: Case, name: str, law: Curved) -> list:
+def teacher_row(problem: Case, name: str, law: Curved) -> list:
     """Endpoint errors of DDIM with 4, 8 and 16 steps on the grid of equal shares of a law."""
 
     def error(steps):
-        u = jnp.arange(steps) / (steps - 1)
-        grid = jnp.append(law.warp(problem.process, u), 0.0)
+        grid = jnp.append(law.warp(problem.process, jnp.linspace(0, 1, steps)), 0.0)
         return problem.endpoint(ddim(problem.teacher.bind(), problem.process, grid, problem.noise).x)
 
     return [name, *(error(steps) for steps in (4, 8, 16))]
 
 
+def students(problem: Case, variants: dict[str, dict[str, Array]], seeds: int, steps: int) -> dict[str, dict]:
+    """Students trained at each timetable, judged over seeds; all share one compilation."""
+    process, nets = problem.process, starts(problem, seeds, 800)
+
+    def batches(key, store):
+        k_x, k_rows = jax.random.split(key)
+        rows = jax.random.randint(k_rows, (256,), 0, len(store["t"]))
+        return {"x": problem.mixture.sample(k_x, 256), **{name: a[rows] for name, a in store.items()}}
+
+    train = Training(consistency(process), batches, steps)
+
+    def judged(seed, store):
+        net = train(nets[seed], problem.teacher, jax.random.key(seed), store)
+        one, four = (
+            draw(net, process, renoising_times(process, n), problem.noise, jax.random.key(5), 1.0) for n in (1, 4)
+        )
+        return dict(zip(COLUMNS, (problem.endpoint(one), problem.sw2(one), problem.sw2(four)), strict=True))
+
+    return {name: over_seeds(seeds, lambda seed, store=store: judged(seed, store)) for name, store in variants.items()}
+
+
 def main(seeds: int = 3, steps: int = 800) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Print the tables."""
     cases = {"grid25": case(Mixture.load("grid25")), "unseen": case(unseen())}
-    rows = [
-        [name, *profile(problem).values()]
-        for name, problem in {"three modes": case(gmm2d(), scale=False), **cases}.items()
-    ]
+    rows = [[n, *profile(p)] for n, p in {"three modes": case(gmm2d(), scale=False), **cases}.items()]
     header = ["mixture", "σ/α of the largest E‖dε̂/dλ‖²", "share of it in the top fifth of λ in [−4, 6]"]
     table("Where trajectories bend", header, rows)
     results: dict[str, dict[str, dict[str, np.ndarray]]] = {}
@@ -124,50 +134,34 @@ def main(seeds: int = 3, steps: int = 800) -> dict[str, dict[str, dict[str, np.n
         karras, log_snr, bent = laws(problem)
         half = bent(0.5, 1.0)
         variants = {
-            "Karras' index": Timed(karras, karras),
-            "log-SNR": Timed(log_snr, log_snr),
-            "curvature, grid and draws": Timed(half, half),
-            "curvature, draws alone": Timed(karras, half),
-            "curvature, draws alone, weighted back": Timed(karras, half, weigh=True),
+            "Karras' index": (karras, karras),
+            "log-SNR": (log_snr, log_snr),
+            "half curvature, grid and draws": (half, half),
+            "half curvature, draws alone": (karras, half),
+            "half curvature, draws alone, weighted back": (karras, half, True),
         }
-        nets = starts(problem, seeds, 800)
-        results[name] = {}
-        for label, config in variants.items():
-            distil = Distillation(problem, config, steps)
-
-            def one(seed, distil=distil, problem=problem, nets=nets):
-                student = distil(nets[seed], jax.random.key(seed))
-                x1, x4 = student(1), student(4)
-                return {"endpoint": problem.endpoint(x1), "sw2": problem.sw2(x1), "sw2_4": problem.sw2(x4)}
-
-            results[name][label] = over_seeds(seeds, one)
+        tables = {label: timetable(problem.process, *args) for label, args in variants.items()}
+        results[name] = students(problem, tables, seeds, steps)
         lines = [[label, *row.values()] for label, row in results[name].items()]
-        header = ["grid and law of times", "endpoint, 1 step", "sw2, 1 step", "sw2, 4 steps"]
-        table(f"Consistency distillation of {name}, {steps} steps, {INTERVALS} intervals", header, lines)
-        grid_rows = {
+        title = f"Consistency distillation of {name}, {steps} steps, {INTERVALS} intervals"
+        table(title, ["grid and law of times", *COLUMNS], lines)
+        of = {
             "Karras": karras,
-            "uniform in log-SNR": log_snr,
+            "log-SNR": log_snr,
             "half curvature": half,
-            "curvature alone": bent(0.001, 1.0),
+            "curvature": bent(0.001, 1.0),
             "√curvature": bent(0.001, 0.5),
         }
-        lines = [teacher_rows(problem, label, law) for label, law in grid_rows.items()]
+        lines = [teacher_row(problem, label, law) for label, law in of.items()]
         table(f"The teacher of {name} by DDIM: endpoint", ["grid", "4 steps", "8 steps", "16 steps"], lines)
-    gains = {
-        name: {
-            label: float(rows["Karras' index"]["endpoint"].mean() / row["endpoint"].mean())
-            for label, row in rows.items()
-        }
-        for name, rows in results.items()
+    gain = {
+        name: {k: float(np.mean(row["Karras' index"][COLUMNS[0]]) / np.mean(v[COLUMNS[0]])) for k, v in row.items()}
+        for name, row in results.items()
     }
-    best = {name: max(gain, key=lambda k: gain[k]) for name, gain in gains.items()}
+    label = "half curvature, grid and draws"
     conclude(
-        all("curvature" in label for label in best.values()),
-        "at equal cost curvature helps: "
-        + "; ".join(
-            f"on {name} best is {label}, {gains[name][label]:.2f} times closer than Karras"
-            for name, label in best.items()
-        ),
+        all(row[label] > 1.1 for row in gain.values()),
+        "; ".join(f"{name}: {row[label]:.2f} times closer than Karras' index" for name, row in gain.items()),
     )
     return results
 

@@ -103,7 +103,7 @@ def trained(seeds: int, steps: int, every: int) -> dict:
         return jnp.stack([one(x, end, t) for x, end, t in zip(points, ends, TIMES, strict=True)])
 
     configs: dict[str, Any] = {"regression on the ends": Endpoints()}
-    for n in (10, 40, 160):
+    for n in (10, 160):
         configs[f"consistency, N = {n}"] = Consistency(intervals=n, max_intervals=n, solver_steps=1)
     result = {}
     for name, config in configs.items():

@@ -37,7 +37,8 @@ class OnTrajectories:
 
         def loss(nets, batch, progress, key):
             noise, n, teacher = batch["x"], self.intervals, nets["teacher"].bind()
-            i = jnp.minimum(jax.random.uniform(key, noise.shape[:1]) * n, n - 1)
+            # Not nearer to the start than nodes can be told apart.
+            i = jnp.clip(jax.random.uniform(key, noise.shape[:1]) * n, 0.01, n - 1)
             way = [node(process, i * (k / self.way_steps), n) for k in range(self.way_steps + 1)]
             x_t, t, s = dpmpp_2m(teacher, process, jnp.stack(way), noise).x, way[-1], node(process, i + 1, n)
             steps = [node(process, i + k / self.solver_steps, n) for k in range(self.solver_steps)]
