@@ -105,7 +105,7 @@ class DigitsData:
 
 @dataclass(frozen=True)
 class PairsData:
-    """A dataset with teacher pairs that `ddistill pairs` made in a folder: pairs of the very teacher to be distilled."""
+    """A dataset with teacher pairs that `ddistill pairs` made in a folder, from the teacher that is to be distilled."""
 
     folder: Path
     data: Dataset = field(default_factory=DigitsData)

@@ -10,7 +10,8 @@ import pytest
 
 from ddistill import quickstart
 from ddistill.checkpoint import CheckpointError
-from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, Teacher
+from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, PairsData, Teacher
+from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.integrators import euler, heun
 from ddistill.log import Silent
 from ddistill.losses.distances import L2, PseudoHuber
@@ -250,7 +251,7 @@ def test_the_students_stage_sees_the_guided_teacher_and_trains_without_dropped_l
 
 
 def test_pairs_for_a_method_that_learns_from_them_are_trajectories_of_the_guided_teacher():
-    e = dataclasses.replace(TINY, method=KD(pairs=16, teacher_steps=24), guidance=2.0, batch_size=16)
+    e = dataclasses.replace(TINY, method=KD(steps=(1,), pairs=16, teacher_steps=24), guidance=2.0, batch_size=16)
     data = e.data.load()
     net = e.network.build(data, e.process, jax.random.key(0))
     _, student_stage = stages(e, data)
@@ -262,3 +263,17 @@ def test_pairs_for_a_method_that_learns_from_them_are_trajectories_of_the_guided
     given = dataclasses.replace(data, arrays={**data.arrays, "noise": data.arrays["x"] + 1})
     batch = stages(e, given)[1].source(net)(0)
     np.testing.assert_array_equal(batch["noise"], batch["x"] + 1)
+
+
+def test_pairs_on_disk_are_an_experiments_data_for_its_first_round(tmp_path):
+    data = Plane().load()
+    net = TINY.network.build(data, TINY.process, jax.random.key(0))
+    write_pairs(tmp_path, net, TINY.process, jax.random.key(1), 16, (2,), steps=4, num_classes=2)
+    e = dataclasses.replace(TINY, data=PairsData(tmp_path, Plane()), method=KD(steps=(1,)), batch_size=16)
+    loaded = e.data.load()
+    batch = stages(e, loaded)[1].source(net)(0)
+    stored = open_pairs(tmp_path).arrays()
+    np.testing.assert_array_equal(np.sort(batch["noise"][:, 0]), np.sort(stored["noise"][:, 0]))
+    np.testing.assert_array_equal(stages(e, loaded)[0].source(net)(0)["x"].shape, (16, 2))  # the teacher's own data
+    with pytest.raises(ValueError, match="do not fit: points"):
+        stages(dataclasses.replace(e, method=KD(steps=(1, 2))), loaded)[1].source(net)
