@@ -1,4 +1,4 @@
-"""Digits, distilled by distillation of guidance, then consistency."""
+"""Digits, distilled by distillation of guidance, then progressive distillation."""
 
 import dataclasses
 

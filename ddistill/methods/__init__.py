@@ -45,7 +45,7 @@ METHODS = {
     "kd": Entry(KD, "Naive knowledge distillation", "Luhman & Luhman 2021, arXiv:2101.02388"),
     "progressive": Entry(Progressive, "Progressive distillation", "Salimans & Ho 2022, arXiv:2202.00512"),
     "guidance": Entry(
-        GuidanceDistillation, "Distillation of guidance, then consistency", "Meng et al. 2023, arXiv:2210.03142",
+        GuidanceDistillation, "Distillation of guidance, then progressive", "Meng et al. 2023, arXiv:2210.03142",
         guided=True,
     ),
     "lcm": Entry(LatentConsistency, "Latent consistency", "Luo et al. 2023, arXiv:2310.04378", guided=True),

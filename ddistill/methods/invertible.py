@@ -73,7 +73,8 @@ class Invertible:
             x0, cond = batch["x"], batch.get("cond")
             k_phase, k_p, k_noise, k_edge, k_net = jax.random.split(key, 5)
             phase = self.draw(process, k_phase, len(x0))
-            p = jax.random.uniform(k_p, x0.shape[:1]) * phase.intervals
+            # Not nearer to the edge than a hundredth of an interval, where the weight is the inverse of a rounding error.
+            p = jnp.minimum(jax.random.uniform(k_p, x0.shape[:1]) * phase.intervals, phase.intervals - 0.01)
             nodes = self.nodes(process, phase, p, jnp.minimum(p + 1, phase.intervals))
             x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), nodes[0])
             x_s = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
@@ -86,10 +87,7 @@ class Invertible:
             down = nets["reverse"].jump(process, z, phase.upper, phase.landing, cond, key=k_net)
             up = nets["forward"].jump(process, down, phase.lower, phase.upper, cond, key=k_net)
             preserve = jnp.mean(self.apart(process, up, z, phase.upper))
-            return consistency + self.preserve * progress.share * preserve, {
-                "consistency": consistency,
-                "preserve": preserve,
-            }
+            return consistency + self.preserve * preserve, {"consistency": consistency, "preserve": preserve}
 
         def forward_loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
@@ -108,10 +106,7 @@ class Invertible:
             up = nets["forward"].jump(process, z, phase.lower, phase.upper, cond, key=k_net)
             down = nets["reverse"].jump(process, up, phase.upper, phase.landing, cond, key=k_net)
             preserve = jnp.mean(self.apart(process, down, z, phase.landing))
-            return consistency + self.preserve * progress.share * preserve, {
-                "consistency": consistency,
-                "preserve": preserve,
-            }
+            return consistency + self.preserve * preserve, {"consistency": consistency, "preserve": preserve}
 
         def times(steps: int) -> Array:
             if steps not in self.phases:
