@@ -1,6 +1,7 @@
 """The experiment of `ddistill quickstart`: scans of digits, a class-conditional teacher, a consistency student."""
 
 from ddistill.config import DigitsData, Experiment, MLPNetwork, Optimizer, Teacher
+from ddistill.integrators import heun
 from ddistill.losses.times import LogNormal
 from ddistill.methods import Consistency, Denoising
 
@@ -17,7 +18,7 @@ def experiment() -> Experiment:
             optimizer=Optimizer(learning_rate=4e-3),
         ),
         # Many short intervals with one teacher step in each: half the cost of the defaults, which take few long ones.
-        method=Consistency(intervals=10, max_intervals=160, solver_steps=1, ema=0.999),
+        method=Consistency(intervals=10, max_intervals=160, solver=heun, solver_steps=1, ema=0.999),
         steps=3500,
         optimizer=Optimizer(learning_rate=1.5e-3),
         batch_size=128,

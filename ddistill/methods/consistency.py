@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ddistill.integrators import heun
+from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.methods.base import Method, Progress, Sampling, from_teacher
 from ddistill.process import LARGEST_RHO, Process
@@ -21,15 +21,16 @@ class Consistency:
     Song et al. 2023, eq. 7. f(x, t) is the student's jump from t to 0. The grid is Karras' with 0 appended, uniform in
     ρ^{1/7}; N doubles from `intervals` to `max_intervals` (equal numbers fix N). λ = 1/(ρ_t − ρ_s). The target θ⁻ is
     the student itself behind a stop-gradient (target_ema = 0) or its average. solver: any deterministic integrator,
-    taking solver_steps steps per interval. between: t is drawn between the nodes as well, and s one interval below it,
-    so that f is trained at the times of every sampler; without, at the nodes alone, as in the paper. Few intervals with
-    a good solver suffer less from errors handed down from interval to interval than many.
+    taking solver_steps steps per interval; the student cannot be better than the chain of them. between: t is drawn
+    between the nodes as well, and s one interval below it, so that f is trained at the times of every sampler; without,
+    at the nodes alone, as in the paper. Few intervals with a good solver suffer less from errors handed down from
+    interval to interval than many.
     """
 
     intervals: int = 10
     max_intervals: int = 20
-    solver: Callable = heun
-    solver_steps: int = 2
+    solver: Callable = dpmpp_3s
+    solver_steps: int = 1
     between: bool = True
     distance: Distance = field(default_factory=PseudoHuber)
     weighted: bool = True

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddistill.integrators import heun
+from ddistill.integrators import dpmpp_3s
 from ddistill.methods.base import Batch, Loss, Method, Progress, Sampling, from_teacher
 from ddistill.methods.consistency import doubled, node, position
 from ddistill.net import Net
@@ -63,8 +63,8 @@ class Segments:
     edges: Callable[[Process, int], Array] = field(default_factory=Edges)
     intervals: int = 10
     max_intervals: int = 20
-    solver: Callable = heun
-    solver_steps: int = 2
+    solver: Callable = dpmpp_3s
+    solver_steps: int = 1
     rho: float = 7.0
 
     def draw(self, process: Process, progress: Progress, key: Array, count: int) -> Pair:

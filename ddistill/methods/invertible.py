@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ddistill.integrators import heun
+from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import bounded_rho, per_interval
@@ -54,8 +54,8 @@ class Invertible:
     phases: tuple[int, ...] = (1, 2, 4, 8)
     edges: Callable[[Process, int], Array] = field(default_factory=Edges)
     intervals: int = 16
-    solver: Callable = heun
-    solver_steps: int = 2
+    solver: Callable = dpmpp_3s
+    solver_steps: int = 1
     distance: Distance = field(default_factory=PseudoHuber)
     preserve: float = 0.3
     sigma_data: float = 0.5
@@ -73,7 +73,7 @@ class Invertible:
             x0, cond = batch["x"], batch.get("cond")
             k_phase, k_p, k_noise, k_edge, k_net = jax.random.split(key, 5)
             phase = self.draw(process, k_phase, len(x0))
-            # Not nearer to the edge than a hundredth of an interval, where the weight is the inverse of a rounding error.
+            # Not within a hundredth of an interval of the edge, where the weight is one over a rounding error.
             p = jnp.minimum(jax.random.uniform(k_p, x0.shape[:1]) * phase.intervals, phase.intervals - 0.01)
             nodes = self.nodes(process, phase, p, jnp.minimum(p + 1, phase.intervals))
             x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), nodes[0])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ddistill.integrators import heun
+from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.methods.base import Made
 from ddistill.methods.consistency import Consistency
@@ -23,8 +23,8 @@ class LatentConsistency:
 
     nodes: int = 1000
     skip: int = 50
-    solver: Callable = heun
-    solver_steps: int = 2
+    solver: Callable = dpmpp_3s
+    solver_steps: int = 1
     distance: Distance = field(default_factory=PseudoHuber)
     target_ema: float = 0.0
     ema: float = 0.99

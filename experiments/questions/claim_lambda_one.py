@@ -11,7 +11,7 @@ from ddistill.losses.distances import L2, PseudoHuber
 from ddistill.methods import Consistency
 
 
-def main(seeds: int = 3, steps: int = 1000) -> dict:
+def main(seeds: int = 3, steps: int = 800) -> dict:
     """Print the table."""
     plane = case(gmm2d())
     begin = starts(plane, seeds)

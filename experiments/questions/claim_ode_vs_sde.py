@@ -16,7 +16,7 @@ from ddistill import grids
 from ddistill.integrators import ddim, ddpm, dpmpp_2m, heun, heun_churn, sde_dpmpp_2m
 from ddistill.net import Net
 
-CALLS = (4, 8, 16, 32, 96)
+CALLS = (4, 12, 96)
 ODE = {"DDIM": ddim, "Heun": heun, "DPM++(2M)": dpmpp_2m}
 SDE = {"DDPM": ddpm, "SDE-DPM++(2M)": sde_dpmpp_2m, "EDM churn": heun_churn}
 

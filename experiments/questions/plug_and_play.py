@@ -7,10 +7,13 @@ new one, and with students distilled from them directly.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from common import Case, Distillation, Training, case, command_line, conclude, data, draw, over_seeds, starts, table
+from common import Training, case, command_line, conclude, draw, over_seeds, starts, table
+from jax import Array
 
 from ddistill import grids, lora
 from ddistill.integrators import dpmpp_3m
@@ -20,6 +23,7 @@ from ddistill.methods import Consistency, Denoising
 from ddistill.methods.lora import Adapted
 from ddistill.mixture import Mixture
 from ddistill.net import Net
+from ddistill.process import Process
 
 
 def shifted(mixture: Mixture, size: float, seed: int = 1) -> Mixture:
@@ -34,52 +38,79 @@ def reweighted(mixture: Mixture, seed: int = 2) -> Mixture:
     return dataclasses.replace(mixture, weights=weights / weights.sum())
 
 
-def one_step(problem: Case, net: Net):
-    """A network's jump from the noise to the data."""
-    return draw(net, problem.process, np.asarray([problem.process.t_max, 0.0], np.float32), problem.noise, None, 0.0)
+def fresh(key, mixture):
+    """Batches of the mixture that a training is given: trainings on several share one compilation."""
+    return {"x": mixture.sample(key, 256)}
 
 
-def main(seeds: int = 3, steps: int = 1000) -> dict[str, dict[str, np.ndarray]]:
+@functools.partial(jax.jit, static_argnums=1)
+def fine(net: Net, process: Process, noise: Array) -> Array:
+    """A network's samples in 32 steps of DPM-Solver++(3M)."""
+    return dpmpp_3m(net.bind(), process, grids.karras(process, 32), noise).x
+
+
+def main(seeds: int = 3, steps: int = 800) -> dict[str, dict[str, np.ndarray]]:
     """Print the tables."""
     first = case(Mixture.load("grid25"))
+    process = first.process
     others = {
         "means moved by .02": shifted(first.mixture, 0.02),
         "means moved by .05": shifted(first.mixture, 0.05),
         "means moved by .1": shifted(first.mixture, 0.1),
         "other weights": reweighted(first.mixture),
     }
-    nets = starts(first, seeds, 1500)
-    whole = Distillation(first, Consistency(), steps)
-    low = Distillation(first, Adapted(Consistency(), LoRA(rank=8)), steps)
-    students = [whole(nets[seed], jax.random.key(seed)).net for seed in range(seeds)]
-    deltas = [lora.difference(s, n) for s, n in zip(students, nets, strict=True)]
-    small = [lora.difference(low(n, jax.random.key(seed)).net, n) for seed, n in enumerate(nets)]
+    nets = starts(first, seeds, 1000)
+    tune = Training(Denoising(LogNormal(-0.4, 2.0), exact=True)(process), fresh, 500, 1e-3)
+    distil = Training(Consistency()(process), fresh, steps)
+    low = Training(Adapted(Consistency(), LoRA(rank=8))(process), fresh, steps)
+
+    def train(training, start, problem, seed):
+        mixture = jax.tree.map(jnp.asarray, problem.mixture)
+        return training(start, problem.teacher, jax.random.key(seed), mixture)
+
+    def one_step(problem, net):
+        return draw(net, process, jnp.asarray([process.t_max, 0.0]), problem.noise, jax.random.key(0), 0.0)
+
+    students = [train(distil, net, first, seed) for seed, net in enumerate(nets)]
+    deltas = [lora.difference(student, net) for student, net in zip(students, nets, strict=True)]
+    small = [lora.difference(train(low, net, first, seed), net) for seed, net in enumerate(nets)]
+
+    def judged(problem, seed):
+        teacher = train(tune, nets[seed], problem, 50 + seed)
+        made = {
+            "teacher": one_step(problem, teacher),
+            "student of grid25": one_step(problem, students[seed]),
+            "teacher + τ/2": one_step(problem, lora.add(teacher, (0.5, deltas[seed]))),
+            "teacher + τ": one_step(problem, lora.add(teacher, (1.0, deltas[seed]))),
+            "teacher + τ of rank 8": one_step(problem, lora.add(teacher, (1.0, small[seed]))),
+            "distilled": one_step(problem, train(distil, teacher, problem, seed)),
+            "teacher, 32 steps": fine(teacher, process, problem.noise),
+        }
+        ends = {f"{label}/endpoint": problem.endpoint(x) for label, x in made.items()}
+        return ends | {f"{label}/sw2": problem.sw2(x) for label, x in made.items()}
+
     results: dict[str, dict[str, np.ndarray]] = {}
     for name, mixture in others.items():
         problem = case(mixture, scale=False)
-        tune = Training(Denoising(LogNormal(-0.4, 2.0), exact=True)(problem.process), data(problem), 600, 1e-3)
-        direct = Distillation(problem, Consistency(), steps)
-
-        def one(seed, problem=problem, tune=tune, direct=direct):
-            teacher = tune(nets[seed], problem.teacher, jax.random.key(50 + seed))
-            fine = dpmpp_3m(teacher.bind(), problem.process, grids.karras(problem.process, 32), problem.noise).x
-            made = {
-                "teacher": one_step(problem, teacher),
-                "student of grid25": one_step(problem, students[seed]),
-                "half τ": one_step(problem, lora.add(teacher, (0.5, deltas[seed]))),
-                "τ": one_step(problem, lora.add(teacher, (1.0, deltas[seed]))),
-                "τ of rank 8": one_step(problem, lora.add(teacher, (1.0, small[seed]))),
-                "distilled": one_step(problem, direct(teacher, jax.random.key(seed)).net),
-                "teacher, 32 steps": fine,
-            }
-            ends = {f"{label}/endpoint": problem.endpoint(x) for label, x in made.items()}
-            return ends | {f"{label}/sw2": problem.sw2(x) for label, x in made.items()}
-
-        results[name] = over_seeds(seeds, one)
+        results[name] = over_seeds(seeds, lambda seed, problem=problem: judged(problem, seed))
     labels = list(dict.fromkeys(key.partition("/")[0] for key in next(iter(results.values()))))
     for metric in ("endpoint", "sw2"):
         lines = [[name, *(row[f"{label}/{metric}"] for label in labels)] for name, row in results.items()]
         table(f"One step on another mixture: {metric}", ["mixture", *labels], lines)
+
+    def end(name, label):
+        return float(results[name][f"{label}/endpoint"].mean())
+
+    conclude(
+        all(end(name, "teacher + τ") < 0.5 * end(name, "teacher") for name in others)
+        and all(end(name, "teacher + τ") < end(name, "student of grid25") for name in others),
+        "an update carries over: "
+        + "; ".join(
+            f"{name}: {end(name, 'teacher'):.2f} without τ, {end(name, 'teacher + τ'):.2f} with it, "
+            f"{end(name, 'student of grid25'):.2f} by the first student, {end(name, 'distilled'):.2f} distilled"
+            for name in others
+        ),
+    )
     return results
 
 

@@ -123,7 +123,7 @@ def trained(seeds: int, steps: int, every: int) -> dict:
     return result
 
 
-def main(seeds: int = 3, steps: int = 800, every: int = 10) -> dict:
+def main(seeds: int = 3, steps: int = 500, every: int = 10) -> dict:
     """Print the tables."""
     tabular, times = slopes()
     shown, columns = [0, 20, 40, 80, 160], [3, 6, 9, 12, 16]

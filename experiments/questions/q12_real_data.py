@@ -50,7 +50,7 @@ class OnTrajectories:
         return dataclasses.replace(like, losses={"student": loss})
 
 
-def main(seeds: int = 3, steps: int = 1000) -> dict:
+def main(seeds: int = 3, steps: int = 700) -> dict:
     """Print the table."""
     plane = case(gmm2d())
     begin = starts(plane, seeds)

@@ -39,7 +39,7 @@ def seconds_per_step(plane: Case, config, net: Net, count: int = 60) -> float:
     return min(took[1:]) / count
 
 
-def main(seeds: int = 3, seconds: float = 5.0) -> dict:
+def main(seeds: int = 3, seconds: float = 4.0) -> dict:
     """Print the table."""
     plane = case(gmm2d())
     begin = starts(plane, seeds)
