@@ -94,7 +94,7 @@ def test_gamma_zero_adds_no_noise_after_the_start(finished, tmp_path):
         (["--n", "0", "--out", "a.png"], "at least 1"),
         (["--steps", "0", "--out", "a.png"], "at least 1 step"),
         (["--gamma", "2", "--out", "a.png"], "gamma must lie in [0, 1]"),
-        (["--gamma", "1", "--teacher", "--out", "a.png"], "leave it out with --teacher"),
+        (["--gamma", "1", "--teacher", "--out", "a.png"], "leave them out with --teacher"),
     ],
 )
 def test_wrong_requests_to_sample_get_one_line_of_words(finished, capsys, flags, words):
