@@ -198,7 +198,8 @@ def compare(command: Compare) -> None:
 
 def methods() -> None:
     """Print the table of methods."""
-    table = Table("name", "title", "paper", "steps", "file")
+    table = Table("name", "title", "paper", "steps")
+    table.add_column("file", min_width=max(len(entry.file) for entry in METHODS.values()))
     for name, entry in METHODS.items():
         table.add_row(name, entry.title, entry.paper, ", ".join(map(str, entry.steps)), entry.file)
     _console().print(table)
