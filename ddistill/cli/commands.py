@@ -360,7 +360,7 @@ def _cell(value: Any, form: str | None) -> str:
 
 def _console() -> Console:
     # Through a pipe there is no width to ask for, and a table cut at 80 columns is of no use.
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def _say(text: str) -> None:
