@@ -88,7 +88,7 @@ def test_ctm_to_the_data_from_neighbours_is_consistency_distillation(draws):
         def times(self, process, key, count):
             return jnp.stack([t, m, s]), jnp.zeros_like(s)
 
-    ctm = ToTheData(solver=heun, solver_steps=2, dsm=0.0)(process)
+    ctm = ToTheData(solver=heun, solver_steps=2, weighted=False, dsm=0.0)(process)
     np.testing.assert_allclose(loss_of(ctm, process), loss_of(config(process), process), rtol=1e-5)
 
 
@@ -173,7 +173,9 @@ def test_progressive_distillation_is_multistep_consistency_with_one_step_per_seg
 
     monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=None: noise)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(), *a, **k: places)
-    progressive = Progressive(start=2 * n, solver=ddim, weighting=DataWeight(), distance=L2(), rehearsal=0.0)
+    progressive = Progressive(
+        start=2 * n, solver=ddim, solver_steps=1, weighting=DataWeight(), distance=L2(), rehearsal=0.0
+    )
 
     def edges(process, steps):
         return progressive.node(process, jnp.arange(steps, -1, -1) / steps)

@@ -60,8 +60,8 @@ def main(seeds: int = 3, steps: int = 1000) -> dict:
             np.mean(values[coarse, "exact"]) > 4 * np.mean(values[coarse, "own"])
             and np.mean(values[fine, "exact"]) < 1.5 * np.mean(values[fine, "own"])
         ),
-        f"only within the solver's error: students come within {min(near):.3f} to {max(near):.3f} of their solvers, and "
-        "inherit the solvers' errors whole.",
+        f"only within the solver's error: students come within {min(near):.3f} to {max(near):.3f} of their solvers, "
+        "and inherit the solvers' errors whole.",
     )
     return values
 

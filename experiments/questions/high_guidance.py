@@ -160,10 +160,10 @@ def main(seeds: int = 3, samples: int = 2000, steps: int = 1000) -> dict[float, 
     conclude(
         s[8] > s[4] > s[2] > s[1] and two[8] < 0.1 * one[8] and early[8] > 0.6,
         f"strong guidance bends the flow where there is most noise: S is {s[1]:.2f} at w = 1 and {s[8]:.1f} at w = 8, "
-        f"{100 * early[8]:.0f} % of it at t > .8. One step of Euler then errs by {one[8]:.1f}, {one[8] / spread[8]:.0f} "
+        f"{100 * early[8]:.0f} % of it at t > .8. Euler in one step errs by {one[8]:.1f}, {one[8] / spread[8]:.0f} "
         f"times the spread of x_0; two steps err by {two[8]:.2f}, about as at w = 1 ({two[1]:.2f}), their middle node "
         f"moved up from t = {at[1]:.2f} to {at[8]:.2f}: only the first jump is hard. Crowding four nodes at the noise "
-        f"{'helps' if crowds else 'does not help'}. Without guidance at t > .8 one step errs by {cut[8]:.2f}, but leads "
+        f"{'helps' if crowds else 'does not help'}. Without guidance at t > .8 one step errs by {cut[8]:.2f}, but goes "
         f"elsewhere ({moved[8]:.2f} away), and two and four steps are worse than under full guidance. A one-step "
         f"student errs by {100 * student[1]:.0f} % of the spread at w = 1 and by {100 * student[8]:.0f} % at w = 8.",
     )

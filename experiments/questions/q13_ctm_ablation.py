@@ -65,13 +65,18 @@ def main(seeds: int = 3, steps: int = 800) -> dict:
             ["matching", "DSM", *(f"K = {k}" for k in STEPS)],
             [[n[0], "on" if n[1] else "off", *(values[what, n, k] for k in STEPS)] for n in runs],
         )
-    mean = {name: np.mean([values["endpoint", name, k] for k in STEPS]) for name in runs}
-    for other in runs:
-        print(f"mean endpoint error over K, {other[0]}, DSM {'on' if other[1] else 'off'}: {mean[other]:.3f}")
+    mean = {name: float(np.mean([values["endpoint", name, k] for k in STEPS])) for name in runs}
+    reach = [mean[name, 0.3] for name in MATCHING]
+    many, one_step = (
+        float(np.mean(values["endpoint", ("local", 0.0), k]) / np.mean(values["endpoint", ("local", 0.3), k]))
+        for k in (STEPS[-1], STEPS[0])
+    )
     conclude(
-        bool(mean[unaware] > 2 * mean["local", 0.3] and mean["soft", 0.3] > 0.8 * mean["local", 0.3]),
-        "seeing s is critical; soft and global matching are not: local matching does as well or better; "
-        f"the DSM term changes the error by a factor {mean['local', 0.3] / mean['local', 0.0]:.2f}.",
+        bool(mean[unaware] > 2 * mean["local", 0.3] and max(reach) < 1.25 * min(reach) and many > 1.2),
+        f"seeing s is critical. How far matching reaches is not, given a solver that is accurate over the gap: mean "
+        f"errors of {reach[0]:.3f} (local), {reach[1]:.3f} (soft) and {reach[2]:.3f} (global). The DSM term is for "
+        f"many steps: without it the error of local matching is {many:.2f} times as large at K = {STEPS[-1]}, and "
+        f"{one_step:.2f} times at K = 1.",
     )
     return values
 
