@@ -113,7 +113,9 @@ def test_a_training_is_one_loop_for_all_seeds_and_probes_on_the_way(questions):
     assert [step for step, _ in seen] == [0, 20, 40] * 2
     assert not np.any(seen[0][1]) and np.any(seen[1][1])  # the last layer starts at zero
     assert not np.allclose(nets[0].params["outward.kernel"], nets[1].params["outward.kernel"])
-    assert training._compiled[1]._cache_size() <= 2  # on several devices the first chunk's arrays are not on the mesh yet
+    assert (
+        training._compiled[1]._cache_size() <= 2
+    )  # on several devices the first chunk's arrays are not on the mesh yet
 
 
 def test_cells_give_mean_and_standard_deviation(questions):

@@ -175,8 +175,8 @@ def main(seeds: int = 3, steps: int = 600) -> dict[str, dict[str, dict[str, np.n
 
     base, laid, back = "Karras' index", "half curvature, grid and draws", "half curvature, draws alone, weighted back"
     students_text = "; ".join(
-        f"on {name} the one-step endpoint is {end(name, base):.3f} in Karras' index, {end(name, laid):.3f} on a grid by "
-        f"curvature and {end(name, back):.3f} with draws alone by curvature, weighted back (of the draws "
+        f"on {name} the one-step endpoint is {end(name, base):.3f} in Karras' index, {end(name, laid):.3f} on a grid "
+        f"by curvature and {end(name, back):.3f} with draws alone by curvature, weighted back (of the draws "
         f"{100 * share['Karras']:.0f} and {100 * share['half curvature']:.0f} % have σ/α > 1)"
         for name, share in noisy.items()
     )
