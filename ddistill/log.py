@@ -121,7 +121,8 @@ class RunLog:
         elif self._writes and (now - self._told > 15 or step == self._steps):
             self._told = now
             left = (self._steps - step) / max(rate, 1e-9)
-            line = f"{self._stage} {step}/{self._steps}  loss {self._loss:.4g}  {rate:.0f} steps/s  {left:.0f} s left"
+            loss = "" if math.isnan(self._loss) else f"  loss {self._loss:.4g}"  # not read yet
+            line = f"{self._stage} {step}/{self._steps}{loss}  {rate:.0f} steps/s  {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
