@@ -325,3 +325,4 @@ def test_a_guidance_embedding_that_starts_at_zero_can_be_trained_whole():
     cond = Scaled(jnp.zeros(B, jnp.int32), jnp.full(B, 3.0))
     assert np.any(np.abs(adapted(X, 1.0, cond) - base(X, 1.0, cond)) > 1e-3)
     assert adapted.params["guidance.kernel.whole"].shape == base.params["guidance.kernel"].shape
+    assert not {"guidance.kernel.down", "guidance.kernel.up"} & set(adapted.params)

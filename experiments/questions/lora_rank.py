@@ -81,7 +81,7 @@ def main(seeds: int = 3, steps: int = 800) -> dict[str, dict[str, np.ndarray]]:
         f"few weights go far: endpoint {end['rank 1']:.3f} at rank 1, {end['rank 4']:.3f} at 4, {end['rank 16']:.3f} "
         f"at 16, against {end['all weights']:.3f} with all weights. The update that a full training finds is not of "
         f"low rank (cut to 4 it errs by {end['cut to rank 4']:.3f}): an adapter has to be trained as one. Of single "
-        f"groups, '{best}' goes furthest, {end[best]:.3f} with {100 * float(rows[best]['share']):.0f} % of them; "
+        f"groups, '{best}' goes furthest, {end[best]:.3f} at {100 * float(rows[best]['share']):.0f} % of the weights; "
         f"the embedding of the time alone does not help ({end['embedding of the time']:.3f}).",
     )
     return rows
