@@ -18,7 +18,7 @@ from flax import nnx
 from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.data.pair_store import PairStore, open_pairs
 from ddistill.losses.times import LogNormal
-from ddistill.methods.base import Made
+from ddistill.methods.base import Made, Space
 from ddistill.methods.denoising import Denoising
 from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx
 from ddistill.networks import MLP
@@ -65,6 +65,11 @@ class Data:
     num_classes: int
     to_unit: Callable[[np.ndarray], np.ndarray] = _unit
     pairs: PairStore | None = None
+
+    @property
+    def space(self) -> Space:
+        """What a sample looks like."""
+        return Space(self.shape, self.num_classes)
 
     def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
         """Shuffled batches; a share `unlabelled` of the labels is replaced by "none", for guidance."""

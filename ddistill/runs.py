@@ -121,7 +121,7 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
     return stages_of(
         e.method(e.process), e.process, e.steps,
         data=lambda: data.source(e.batch_size, e.seed, 0.0), pairs=from_pairs,
-        optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate,
+        optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate, space=data.space,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from ddistill import sharding
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.log import Log, Silent
-from ddistill.methods.base import Made, Method, Metrics, Pairs, rounds, split_steps
+from ddistill.methods.base import UNKNOWN, Made, Method, Metrics, Pairs, Space, rounds, split_steps
 from ddistill.net import Net, retime, two_way
 from ddistill.process import Process
 from ddistill.train import State, Trainer, make_trainer
@@ -24,7 +24,8 @@ class Stage:
     source: from the teacher that the losses see (for methods that learn from pairs it makes) to batches by step.
     optimizer: from the number of a network's updates to its transformation. guide: what the losses see as "teacher",
     the guided one for example; networks start from the unguided one. enter: carries either into the method's process.
-    round: its number, for the losses. Stages of the same method, steps and optimizer share one compilation.
+    round: its number, for the losses. space: the samples' shape and classes, for networks made for them. Stages of the
+    same method, steps and optimizer share one compilation.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     guide: Callable[[Net], Net] = lambda teacher: teacher
     accumulate: int = 1
     round: int = 0
+    space: Space = UNKNOWN
 
 
 def stages_of(
@@ -48,12 +50,14 @@ def stages_of(
     optimizer: Callable[[int], optax.GradientTransformation],
     guide: Callable[[Net], Net] = lambda teacher: teacher,
     accumulate: int = 1,
+    space: Space = UNKNOWN,
 ) -> list[Stage]:
     """The stages of a method, one for each of its rounds, which share `steps` out.
 
     process: the first teacher's. data: the batches of rounds without pairs. pairs: makes those of rounds with pairs,
     from the teacher, in the student's process, for the round of a number from 0 on. guide: of the first round's
-    teacher, in the teacher's own process; later teachers are students of it.
+    teacher, in the teacher's own process; later teachers are students of it. space: what samples look like, for methods
+    whose networks are made for them.
     """
     parts = rounds(made)
     stages = []
@@ -70,7 +74,12 @@ def stages_of(
             return data() if wanted is None else pairs(teacher, target, wanted, number)
 
         name = part.name if len(parts) == 1 else f"student-{part.name}"
-        stages.append(Stage(name, part.method, count, batches, optimizer, enter, see, accumulate, part.number))
+        stages.append(
+            Stage(
+                name, part.method, count, batches, optimizer, enter, see, accumulate, part.number,
+                space,
+            )
+        )  # fmt: skip
         process = there
     return stages
 
@@ -103,7 +112,8 @@ def run(
         teacher = stage.enter(before)
         trainer = last[1] if last and _trains_alike(last[0], stage) else _trainer(stage, mesh)
         last = stage, trainer
-        nets, state = prepare(trainer, teacher, stage.enter(stage.guide(before)), jax.random.fold_in(key, i))
+        guided = stage.enter(stage.guide(before))
+        nets, state = prepare(trainer, teacher, guided, jax.random.fold_in(key, i), stage.space)
         if workdir is None:
             state = fit(trainer, state, nets, stage, log=log, log_every=log_every)
         else:
@@ -128,11 +138,13 @@ def _trains_alike(a: Stage, b: Stage) -> bool:
     return same and (a.steps, a.accumulate) == (b.steps, b.accumulate)
 
 
-def prepare(trainer: Trainer, teacher: Net, guided: Net, key: jax.Array) -> tuple[dict[str, Net], State]:
+def prepare(
+    trainer: Trainer, teacher: Net, guided: Net, key: jax.Array, space: Space = UNKNOWN
+) -> tuple[dict[str, Net], State]:
     """The networks that a trainer's losses see (those it trains without params) and the state at step 0."""
     k_nets, k_state = jax.random.split(key)
-    nets = trainer.start(teacher, k_nets)
-    state = trainer.init(nets, k_state)
+    nets = trainer.start(teacher, k_nets, space)
+    state = trainer.init(nets, k_state, space)
     whole = {"teacher": guided, **{n: net.replace(params=None) for n, net in nets.items()}}
     return jax.device_put(whole, sharding.state_shardings(trainer.mesh, whole)), state
 

@@ -1,8 +1,7 @@
 """The train step: any number of networks, one optax transformation each, in one jitted and sharded function."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ddistill import sharding
-from ddistill.methods.base import Batch, Method, Metrics, Progress
+from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Progress, Space
 from ddistill.net import Net
 
 PyTree = Any
@@ -33,6 +32,7 @@ class State:
     params: dict[str, PyTree]
     opt: dict[str, optax.ApplyIfFiniteState]
     ema: dict[str, PyTree]
+    memory: dict[str, PyTree] = field(default_factory=dict)
 
     def skipped(self) -> Array:
         """Updates that were skipped because loss or gradient were not finite."""
@@ -47,15 +47,17 @@ class State:
 class Trainer:
     """A method bound to optimisers and a mesh. Make one with `make_trainer`.
 
-    init(nets, key) -> State. step(state, nets, batch, turn, steps=1, round=0) -> (State, metrics): compiled once for
-    each distinct turn; donates state; `nets` are the networks whose params the state does not hold, the teacher above
-    all, and the code and buffers of those it does; steps and round are what the losses see in their `Progress`.
+    start(teacher, key, space) -> the networks to be trained. init(nets, key, space) -> State; space may be left out
+    where no network and no memory depends on it. step(state, nets, batch, turn, steps=1, round=0) -> (State, metrics):
+    compiled once for each distinct turn; donates state; `nets` are the networks whose params the state does not hold,
+    the teacher above all, and the code and buffers of those it does; steps and round are what the losses see in their
+    `Progress`.
     """
 
     method: Method
     mesh: Mesh
-    start: Callable[[Net, Array], dict[str, Net]]
-    init: Callable[[Nets, Array], State]
+    start: Callable[..., dict[str, Net]]
+    init: Callable[..., State]
     step: Callable[..., tuple[State, Metrics]]
 
 
@@ -76,13 +78,14 @@ def make_trainer(
         raise ValueError(f"optimizers for {sorted(optimizers)}, but the method trains {sorted(method.losses)}")
     mesh = sharding.make_mesh() if mesh is None else mesh
     never = np.iinfo(np.int32).max
-    guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=never) for n, o in optimizers.items()}
+    rated = {n: optax.chain(o, optax.scale(method.rate[n])) if n in method.rate else o for n, o in optimizers.items()}
+    guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=never) for n, o in rated.items()}
 
-    def start(teacher: Net, key: Array) -> dict[str, Net]:
+    def start(teacher: Net, key: Array, space: Space = UNKNOWN) -> dict[str, Net]:
         names = sorted(method.init)
-        return {n: method.init[n](teacher, jax.random.fold_in(key, i)) for i, n in enumerate(names)}
+        return {n: method.init[n](teacher, jax.random.fold_in(key, i), space) for i, n in enumerate(names)}
 
-    def init(nets: Nets, key: Array) -> State:
+    def init(nets: Nets, key: Array, space: Space = UNKNOWN) -> State:
         def build(params, key):
             copy = jax.tree.map(jnp.array, params)  # donated states must not share buffers with the teacher
             return State(
@@ -91,6 +94,7 @@ def make_trainer(
                 params=copy,
                 opt={n: guarded[n].init(p) for n, p in copy.items()},
                 ema={n: jax.tree.map(jnp.array, params[source]) for n, (source, _) in method.ema.items()},
+                memory={n: memory.init(nets, space) for n, memory in method.memory.items()},
             )
 
         params = {n: nets[n].params for n in method.losses}
@@ -106,6 +110,7 @@ def make_trainer(
             current[name] = nets[name].replace(params=state.params[name])
         for name, (source, _) in method.ema.items():
             current[name] = nets[source].replace(params=state.ema[name])
+        batch = {**batch, **state.memory}
 
         params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
         metrics: dict[str, Array] = {}
@@ -122,7 +127,8 @@ def make_trainer(
             if source in turn:
                 ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - decay)
 
-        after = dataclasses.replace(state, step=state.step + 1, params=params, opt=opt, ema=ema)
+        memory = {n: m.update(state.memory[n], current, batch, progress, key) for n, m in method.memory.items()}
+        after = State(state.step + 1, state.key, params, opt, ema, memory)
         return after, metrics | {"skipped": after.skipped(), "failing": after.failing()}
 
     def pinned(state, nets, batch, turn, steps=1, round=0):

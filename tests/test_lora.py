@@ -12,7 +12,7 @@ from flax import nnx
 from ddistill import lora, sharding
 from ddistill.lora import LoRA, LowRank
 from ddistill.methods import METHODS, Consistency
-from ddistill.methods.base import Method, Progress, Round, Sampling, from_teacher, rounds
+from ddistill.methods.base import Method, Progress, Round, Sampling, Space, from_teacher, rounds
 from ddistill.methods.lora import Adapted, with_lora
 from ddistill.net import EDMPrecondition, Net, Scaled, from_nnx, retime
 from ddistill.networks import MLP
@@ -285,18 +285,18 @@ def test_rounds_merge_so_that_ranks_add_up_and_rounds_that_shared_a_method_still
 
 
 def test_networks_unlike_the_teacher_are_trained_whole_unless_they_are_named():
-    def judge(teacher, key):
+    def judge(teacher, key, space):
         return Net({"w": jnp.ones((2, 2))}, {}, lambda p, r, x, t, c, **k: x @ p["w"])
 
     two = Method(
         losses={"student": regression, "judge": regression}, init={"student": from_teacher, "judge": judge},
         sampling=Sampling(lambda n: [1.0, 0.0]),
     )  # fmt: skip
-    start = {n: f(net(), jax.random.key(0)) for n, f in with_lora(two, LoRA(rank=1)).init.items()}
+    start = {n: f(net(), jax.random.key(0), Space()) for n, f in with_lora(two, LoRA(rank=1)).init.items()}
     assert set(start["judge"].params) == {"w"} and "base" in start["student"].rest
     only = with_lora(two, LoRA(rank=1, layers=("w",)), networks=("judge",)).init
-    assert set(only["judge"](net(), jax.random.key(0)).params) == {"w.down", "w.up"}
-    assert only["student"](net(), jax.random.key(0)).params.keys() == net().params.keys()
+    assert set(only["judge"](net(), jax.random.key(0), Space()).params) == {"w.down", "w.up"}
+    assert only["student"](net(), jax.random.key(0), Space()).params.keys() == net().params.keys()
 
 
 def test_a_method_with_its_own_ending_keeps_it():

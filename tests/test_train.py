@@ -37,7 +37,8 @@ def source(step):
 
 
 def method(loss=regression, **kwargs):
-    return Method(losses={"student": loss}, init={"student": lambda t, k: net([0.0, 1.0])}, sampling=SAMPLING, **kwargs)
+    start = {"student": lambda teacher, key, space: net([0.0, 1.0])}
+    return Method(losses={"student": loss}, init=start, sampling=SAMPLING, **kwargs)
 
 
 def stage(m=None, steps=6, **kwargs):
@@ -73,7 +74,7 @@ def test_each_loss_moves_the_network_it_is_named_after_and_no_other():
             "student": lambda n, b, i, k: (jnp.sum((n["student"].params["w"] - n["fake"].params["w"]) ** 2), {}),
             "fake": lambda n, b, i, k: (jnp.sum(n["fake"].params["w"] * n["student"].params["w"]), {}),
         },
-        init={"student": lambda t, k: net([1.0]), "fake": lambda t, k: net([4.0])},
+        init={"student": lambda t, k, space: net([1.0]), "fake": lambda t, k, space: net([4.0])},
         every={"student": 2},
         ema={"slow": ("student", 0.75)},
         sampling=SAMPLING,

@@ -136,6 +136,7 @@ def distilled(problem: Problem, made: Made, start: Net, seed: int, recipe: Recip
     plan = stages_of(
         made, problem.process, recipe.steps,
         data=data, pairs=pairs, optimizer=recipe.optimizer.build, guide=lambda _: problem.teacher,
+        space=problem.data.space,
     )  # fmt: skip
     return run(plan, start, jax.random.fold_in(key, 1))[-1]
 

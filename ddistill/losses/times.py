@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ddistill.process import Process
+from ddistill.process import LARGEST_RHO, Process
 
 
 class TimeLaw(Protocol):
@@ -16,6 +16,44 @@ class TimeLaw(Protocol):
 
     def __call__(self, process: Process, key: Array, n: int) -> Array:
         """Draw n times."""
+
+
+def bounded_rho(process: Process, t: Array) -> Array:
+    """The noise-to-signal ratio σ/α, bounded where there is no signal."""
+    return jnp.exp(-jnp.maximum(process.half_log_snr(t), -math.log(LARGEST_RHO)))
+
+
+def karras_time(
+    process: Process, share: Array, rho: float = 7.0, start: Array | None = None, end: Array | None = None
+) -> Array:
+    """The time at a share in [0, 1] of the way from start to end, ρ^{1/rho} being linear (Karras et al. 2022, eq. 5).
+
+    start, end: t_max and t_min by default. Shares outside [0, 1] are those ends, which are met exactly.
+    """
+    start, end = (jnp.asarray(d if t is None else t) for t, d in ((start, process.t_max), (end, process.t_min)))
+    high, low = bounded_rho(process, start) ** (1 / rho), bounded_rho(process, end) ** (1 / rho)
+    inner = process.time_of(-rho * jnp.log(high + jnp.clip(share, 0, 1) * (low - high)))
+    return jnp.where(share <= 0, start, jnp.where(share >= 1, end, inner))
+
+
+@dataclass(frozen=True)
+class KarrasRamp:
+    """Uniform in the place on Karras' ramp from t_max (0) to t_min (1), between `low` and `high` of it.
+
+    (.02, .98) is the law of DMD (Yin et al. 2024, app. B), whose scores are not asked at the very ends.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    rho: float = 7.0
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low = {self.low}, high = {self.high} must be places on the ramp, 0 <= low < high <= 1")
+
+    def __call__(self, process: Process, key: Array, n: int) -> Array:
+        """Draw n times."""
+        return karras_time(process, jax.random.uniform(key, (n,), minval=self.low, maxval=self.high), self.rho)
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,39 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Space:
+    """What samples look like, for networks that are made for them: their shape, and how many classes they have."""
+
+    shape: tuple[int, ...] = ()
+    num_classes: int = 0
+
+
+UNKNOWN = Space()
+
+
+Init = Callable[[Net, Array, Space], Net]
+"""init(teacher, key, space) -> a network before its training."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Arrays that training carries from step to step, such as a queue of samples; losses find them in their batch.
+
+    init: (nets, space) -> pytree before the first step. update: (pytree, nets, batch, progress, key) -> pytree after
+    each step, with the nets, batch and key that the step's losses saw.
+    """
+
+    init: Callable[[Mapping[str, Net], Space], Any]
+    update: Callable[[Any, Mapping[str, Net], Batch, Progress, Array], Any]
+
+
+@dataclass(frozen=True)
 class Method:
     """A distillation method as data.
 
-    losses: one for each trained network. init: how each trained network starts, from the teacher and a key. every: a
-    network is updated at the steps that its number divides. ema: averages as name -> (network, decay), visible to the
+    losses: one for each trained network. init: how each trained network starts. every: a network is updated at the
+    steps that its number divides. rate: learning rates as multiples of the optimiser's. memory: what training carries
+    along, as batch entries of these names. ema: averages as name -> (network, decay), visible to the
     losses under their name. needs: the batch entries it reads, of {"x", "noise", "path"}; cond is always welcome.
     result: the network or average that samples. inverse: one that jumps from the data to the noise; the result is then
     both in one (`net.two_way`). sampling: how. pairs: teacher pairs that supply noise, x and path. process: where the
@@ -75,9 +103,11 @@ class Method:
     """
 
     losses: Mapping[str, Loss]
-    init: Mapping[str, Callable[[Net, Array], Net]]
+    init: Mapping[str, Init]
     sampling: Sampling
     every: Mapping[str, int] = field(default_factory=dict)
+    rate: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, Memory] = field(default_factory=dict)
     ema: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     result: str = "student"
@@ -99,6 +129,8 @@ class Method:
         if unknown or any(n < 1 for n in self.every.values()):
             trained = sorted(self.losses)
             raise ValueError(f"every = {dict(self.every)} must give trained networks {trained} numbers >= 1")
+        if set(self.rate) - set(self.losses) or any(r <= 0 for r in self.rate.values()):
+            raise ValueError(f"rate = {dict(self.rate)} must give trained networks {sorted(self.losses)} numbers > 0")
         for which in (self.result, self.inverse):
             if which is not None and which not in {*self.losses, *self.ema}:
                 raise ValueError(f"result {which!r} is neither a trained network nor an average")
@@ -149,7 +181,7 @@ def split_steps(parts: Sequence[Round], steps: int) -> list[int]:
     return [max(1, round(steps * part.share / total)) for part in parts]
 
 
-def from_teacher(teacher: Net, key: Array) -> Net:
+def from_teacher(teacher: Net, key: Array, space: Space) -> Net:
     """Start a network as a copy of the teacher."""
-    del key
+    del key, space
     return teacher

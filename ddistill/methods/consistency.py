@@ -1,6 +1,5 @@
 """Consistency distillation: one network value along each trajectory of the teacher (Song et al. 2023)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,8 +9,9 @@ from jax import Array
 
 from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
+from ddistill.losses.times import bounded_rho, karras_time
 from ddistill.methods.base import Method, Progress, Sampling, from_teacher
-from ddistill.process import LARGEST_RHO, Process
+from ddistill.process import Process
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,12 @@ def node(process: Process, i: Array, n: Array, rho: float = 7.0) -> Array:
 
     Beyond n − 1 it stays at t_min until n. With n = 1 the ramp from t_max to t_min ends where 0 is.
     """
-    high, low = _ramp(process, rho)
-    ratio = (high + jnp.clip(i / jnp.maximum(n - 1, 1), 0, 1) * (low - high)) ** rho
-    inner = jnp.where(i <= 0, process.t_max, process.time_of(-jnp.log(ratio)))
-    return jnp.where(i >= n, 0.0, inner)
+    return jnp.where(i >= n, 0.0, karras_time(process, i / jnp.maximum(n - 1, 1), rho))
 
 
 def position(process: Process, t: Array, n: Array, rho: float = 7.0) -> Array:
     """The i in [0, n] for which `node` i of n + 1 is t; n for times below t_min, but for rounding."""
-    high, low = _ramp(process, rho)
+    high, low = bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
     i = jnp.maximum(n - 1, 1) * (high - bounded_rho(process, t) ** (1 / rho)) / (high - low)
     return jnp.where(t < 0.99 * process.t_min, n, jnp.clip(i, 0, n))
 
@@ -101,15 +98,6 @@ def position(process: Process, t: Array, n: Array, rho: float = 7.0) -> Array:
 def per_interval(process: Process, t: Array, s: Array) -> Array:
     """1/(ρ_t − ρ_s), by which every interval pulls alike on its start (Song & Dhariwal 2023, sec. 3.2)."""
     return 1 / (bounded_rho(process, t) - bounded_rho(process, s))
-
-
-def bounded_rho(process: Process, t: Array) -> Array:
-    """The noise-to-signal ratio, bounded where there is no signal."""
-    return jnp.exp(-jnp.maximum(process.half_log_snr(t), -math.log(LARGEST_RHO)))
-
-
-def _ramp(process: Process, rho: float) -> Array:
-    return bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
 
 
 def renoising_times(process: Process, steps: int) -> Array:

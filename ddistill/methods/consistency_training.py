@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.losses.distances import Distance, PseudoHuber
+from ddistill.losses.times import bounded_rho
 from ddistill.methods.base import Method, Progress, Sampling, from_teacher
-from ddistill.methods.consistency import bounded_rho, doubled, node, per_interval, position, renoising_times
+from ddistill.methods.consistency import doubled, node, per_interval, position, renoising_times
 from ddistill.process import Process
 
 

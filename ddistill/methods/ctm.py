@@ -10,11 +10,11 @@ from jax import Array
 from ddistill import grids
 from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
-from ddistill.losses.times import LogNormal, TimeLaw
+from ddistill.losses.times import LogNormal, TimeLaw, bounded_rho, karras_time
 from ddistill.losses.weightings import EDMWeight, Weighting
 from ddistill.methods.base import Batch, Method, Sampling, from_teacher
 from ddistill.net import Net, frozen
-from ddistill.process import LARGEST_RHO, Process, expand
+from ddistill.process import Process, expand
 
 Adversarial = Callable[[Mapping[str, Net], Array, Batch, Array], Array]
 """(nets, fake x0 [B, ...], batch, key) -> scalar: what a discriminator has against the student's samples."""
@@ -31,7 +31,7 @@ class HalfKarras:
     def __call__(self, process: Process, key: Array, n: int) -> Array:
         """Draw n times."""
         k_normal, k_ramp = jax.random.split(key)
-        ramp = _ramp(process, self.reach * jax.random.uniform(k_ramp, (n,)), self.rho)
+        ramp = karras_time(process, self.reach * jax.random.uniform(k_ramp, (n,)), self.rho)
         return jnp.where(jnp.arange(n) % 2 == 0, self.normal(process, k_normal, n), ramp)
 
 
@@ -94,7 +94,7 @@ class CTM:
             x_u = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
             goal = outer.jump(process, x_u, u, s, cond, key=k_net)
             goal = jax.lax.stop_gradient(outer.jump(process, goal, s, zero, cond, key=k_net))
-            weight = 1 / _bounded_rho(process, t) if self.weighted else 1.0
+            weight = 1 / bounded_rho(process, t) if self.weighted else 1.0
 
             def ctm(student):
                 x_s = student.jump(process, x_t, t, s, cond, key=k_net)
@@ -147,7 +147,7 @@ class CTM:
 
     def node(self, process: Process, i: Array) -> Array:
         """Karras' node i (Karras et al. 2022, eq. 5): t_max at 0, t_min at intervals − 1, and 0 beyond."""
-        return jnp.where(i > self.intervals - 1, 0.0, _ramp(process, i / (self.intervals - 1), self.rho))
+        return jnp.where(i > self.intervals - 1, 0.0, karras_time(process, i / (self.intervals - 1), self.rho))
 
     def balance(self, ctm: Callable[[Net], Array], dsm: Callable[[Net], Array], student: Net) -> Array:
         """λ = ‖∇ L_CTM‖/(‖∇ L_DSM‖ + 1e-4) by the parameters `last_layer`, behind a stop-gradient (eq. 12)."""
@@ -166,14 +166,3 @@ class CTM:
 def flow_times(process: Process, steps: int) -> Array:
     """Times [steps + 1] of the deterministic sampler: Karras' nodes from t_max to t_min, then 0 in place of t_min."""
     return jnp.asarray(grids.karras(process, steps, final=None)).at[-1].set(0.0)
-
-
-def _ramp(process: Process, share: Array, rho: float) -> Array:
-    """From t_max at share 0 to t_min at 1, uniform in the noise-to-signal ratio to the power 1/rho."""
-    high, low = _bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
-    ratio = high + jnp.clip(share, 0, 1) * (low - high)
-    return jnp.where(share <= 0, process.t_max, process.time_of(-rho * jnp.log(ratio)))
-
-
-def _bounded_rho(process: Process, t: Array) -> Array:
-    return jnp.minimum(jnp.exp(-process.half_log_snr(t)), LARGEST_RHO)

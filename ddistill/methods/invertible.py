@@ -15,8 +15,9 @@ from jax import Array
 
 from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
+from ddistill.losses.times import karras_time
 from ddistill.methods.base import Method, Sampling, from_teacher
-from ddistill.methods.consistency import bounded_rho, per_interval
+from ddistill.methods.consistency import per_interval
 from ddistill.methods.intervals import Edges
 from ddistill.process import Process, expand
 
@@ -143,11 +144,8 @@ class Invertible:
 
     def node(self, process: Process, phase: Phase, p: Array) -> Array:
         """The time at position p of phase.intervals; the last interval of the lowest phase is that from t_min to 0."""
-        lower, upper = (bounded_rho(process, t) ** (1 / self.rho) for t in (phase.lower, phase.upper))
-        share = p / (phase.intervals - phase.lowest)
-        ratio = (upper + jnp.clip(share, 0, 1) * (lower - upper)) ** self.rho
-        inner = jnp.where(share <= 0, phase.upper, process.time_of(-jnp.log(ratio)))
-        return jnp.where(p >= phase.intervals, phase.landing, jnp.where(share >= 1, phase.lower, inner))
+        time = karras_time(process, p / (phase.intervals - phase.lowest), self.rho, phase.upper, phase.lower)
+        return jnp.where(p >= phase.intervals, phase.landing, time)
 
     def apart(self, process: Process, a: Array, b: Array, t: Array) -> Array:
         """Distance [B] of points at time t, relative to the size of points there."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.lora import LoRA, adapt, merge
-from ddistill.methods.base import Made, Method
+from ddistill.methods.base import Init, Made, Method, Space
 from ddistill.methods.consistency import Consistency
 from ddistill.net import Net
 from ddistill.process import Process
@@ -52,10 +52,10 @@ def _with_lora(method: Method, lora: LoRA, networks: tuple[str, ...] | None) -> 
     if unknown:
         raise ValueError(f"networks names {unknown}, but the method trains {sorted(method.init)}")
 
-    def started(name: str, init: Callable[[Net, Array], Net]) -> Callable[[Net, Array], Net]:
-        def start(teacher: Net, key: Array) -> Net:
+    def started(name: str, init: Init) -> Init:
+        def start(teacher: Net, key: Array, space: Space) -> Net:
             k_net, k_lora = jax.random.split(key)
-            net = init(teacher, k_net)
+            net = init(teacher, k_net, space)
             chosen = name in networks if networks is not None else _alike(net, teacher)
             return adapt(net, lora, k_lora) if chosen else net
 

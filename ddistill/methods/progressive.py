@@ -9,9 +9,9 @@ from jax import Array
 
 from ddistill.integrators import heun
 from ddistill.losses.distances import L2, Distance
+from ddistill.losses.times import karras_time
 from ddistill.losses.weightings import EDMWeight, Weighting
 from ddistill.methods.base import Method, Round, Sampling, from_teacher
-from ddistill.methods.consistency import bounded_rho
 from ddistill.process import Process
 
 Node = Callable[[Process, Array], Array]
@@ -20,9 +20,7 @@ Node = Callable[[Process, Array], Array]
 
 def karras_node(process: Process, u: Array, rho: float = 7.0) -> Array:
     """ρ^{1/rho} linear in u from t_min to t_max, but u = 0 is the data (Karras et al. 2022, eq. 5)."""
-    low, high = bounded_rho(process, jnp.asarray([process.t_min, process.t_max])) ** (1 / rho)
-    inner = process.time_of(-rho * jnp.log(low + u * (high - low)))
-    return jnp.where(u <= 0, 0.0, jnp.where(u >= 1, process.t_max, inner))
+    return jnp.where(u <= 0, 0.0, karras_time(process, 1 - u, rho))
 
 
 def uniform_node(process: Process, u: Array) -> Array:
