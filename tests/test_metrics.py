@@ -119,11 +119,11 @@ def test_precision_recall_agrees_with_brute_force(k):
 
 
 def test_precision_recall_in_blocks(monkeypatch):
-    from ddistill.evaluate import metrics
+    from ddistill.evaluate import sets
 
     rng = np.random.default_rng(8)
     real, fake = rng.standard_normal((60, 3)), 0.8 * rng.standard_normal((45, 3)) + 0.5
-    monkeypatch.setattr(metrics, "_blocks", lambda rows, columns: [slice(i, i + 7) for i in range(0, rows, 7)])
+    monkeypatch.setattr(sets, "blocks", lambda rows, columns: [slice(i, i + 7) for i in range(0, rows, 7)])
     assert precision_recall(real, fake, 3) == pytest.approx(brute_force(real, fake, 3), abs=1e-12)
 
 

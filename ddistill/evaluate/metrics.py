@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ddistill.evaluate import sets
+
 
 def frechet_gaussians(mu1, cov1, mu2, cov2) -> float:
     """Fréchet distance (squared 2-Wasserstein) of N(mu1, cov1) and N(mu2, cov2): mu [d], cov [d, d], may be singular.
@@ -32,7 +34,7 @@ def frechet(a, b) -> float:
     Raises ValueError for NaN or Inf, unequal dimensions, fewer than 2 samples. Heusel et al. 2017, eq. 6, with the
     coordinates given in place of Inception features.
     """
-    a, b = _pair(a, b, least=2)
+    a, b = sets.pair(a, b, least=2)
     mu_a, mu_b = a.mean(0), b.mean(0)
     cov_a, cov_b = ((x - mu).T @ (x - mu) / (len(x) - 1) for x, mu in ((a, mu_a), (b, mu_b)))
     return frechet_gaussians(mu_a, cov_a, mu_b, cov_b)
@@ -45,7 +47,7 @@ def sliced_wasserstein(a, b, directions: int = 256, seed: int = 0) -> float:
     quantile functions. Raises ValueError for NaN or Inf, unequal dimensions, no samples, `directions` below 1.
     Rabin et al. 2012, eq. 3; Bonneel et al. 2015, eq. 9.
     """
-    a, b = _pair(a, b, least=1)
+    a, b = sets.pair(a, b, least=1)
     if directions < 1:
         raise ValueError(f"directions is {directions}; at least 1 is needed.")
     lines = _directions(a.shape[1], directions, seed)
@@ -63,7 +65,7 @@ def sliced_wasserstein_to(b, n: int, directions: int = 256, seed: int = 0) -> Ca
     Each of n quantiles meets N/n of b: their mean and variance are all that the distance needs of them.
     Raises ValueError where n does not divide N.
     """
-    b = _flat(b)
+    b = sets.flat(b)
     if len(b) % n:
         raise ValueError(f"{n} samples do not divide the {len(b)} of the reference; take a multiple.")
     lines = _directions(b.shape[1], directions, seed)
@@ -71,7 +73,7 @@ def sliced_wasserstein_to(b, n: int, directions: int = 256, seed: int = 0) -> Ca
     mean, variance = blocks.mean(2), blocks.var(2)
 
     def distance(a) -> float:
-        a, _ = _pair(a, b[:1], least=1)
+        a, _ = sets.pair(a, b[:1], least=1)
         if len(a) != n:
             raise ValueError(f"{len(a)} samples given; this reference was prepared for {n}.")
         return float(np.sqrt(np.mean((np.sort(lines @ a.T, axis=1) - mean) ** 2 + variance)))
@@ -86,17 +88,11 @@ def precision_recall(real, fake, k: int = 5) -> tuple[float, float]:
     is a few blocks of 32 MiB, whatever the counts. Raises ValueError for NaN or Inf, unequal dimensions, k below 1,
     sets of k samples or fewer. Kynkäänniemi et al. 2019, eq. 1 and 2.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}; at least 1 neighbour is needed.")
-    real, fake = _pair(real, fake, least=k + 1)
-    middle = real.mean(0)  # distances as differences of squares lose digits far from the origin
-    real, fake = real - middle, fake - middle
-    # Rounding of such a distance; without it a copy of a sample could fall outside a ball of radius 0.
-    slack = 1e-12 * max(np.einsum("nd,nd->n", x, x).max() for x in (real, fake))
-    radii_real, radii_fake = (_neighbour_distance2(x, k) + slack for x in (real, fake))
+    real, fake, slack = sets.centred_pair(real, fake, k)
+    radii_real, radii_fake = (sets.neighbour_distance2(x, k) + slack for x in (real, fake))
     inside_real, inside_fake = [], np.zeros(len(real), bool)
-    for rows in _blocks(len(fake), len(real)):
-        distance2 = _distance2(fake[rows], real)
+    for rows in sets.blocks(len(fake), len(real)):
+        distance2 = sets.distance2(fake[rows], real)
         inside_real.append((distance2 <= radii_real).any(1))
         inside_fake |= (distance2 <= radii_fake[rows, None]).any(0)
     return float(np.concatenate(inside_real).mean()), float(inside_fake.mean())
@@ -109,8 +105,8 @@ def fit_digit_classifier(x, labels) -> Callable[[np.ndarray], np.ndarray]:
     """
     from sklearn.svm import SVC
 
-    machine = SVC(C=10.0, kernel="rbf", gamma="scale").fit(_flat(x), np.asarray(labels))
-    return lambda x: machine.predict(_flat(x))
+    machine = SVC(C=10.0, kernel="rbf", gamma="scale").fit(sets.flat(x), np.asarray(labels))
+    return lambda x: machine.predict(sets.flat(x))
 
 
 def classifier_accuracy(classify: Callable[[np.ndarray], np.ndarray], x, labels) -> float:
@@ -124,25 +120,6 @@ def classifier_accuracy(classify: Callable[[np.ndarray], np.ndarray], x, labels)
     return float(np.mean(classify(x) == labels))
 
 
-def _flat(x) -> np.ndarray:
-    x = np.asarray(x)
-    return x.astype(np.float64).reshape(len(x), int(np.prod(x.shape[1:])))
-
-
-def _pair(a, b, least: int) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _flat(a), _flat(b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"Samples have {a.shape[1]} and {b.shape[1]} coordinates; both sets need the same number.")
-    for which, x in (("first", a), ("second", b)):
-        if len(x) < least:
-            raise ValueError(f"The {which} set has {len(x)} samples; at least {least} are needed.")
-        bad = ~np.isfinite(x).all(1)
-        if bad.any():
-            count = f"{bad.sum()} of {len(x)} samples"
-            raise ValueError(f"The {which} set has NaN or Inf in {count}, the first at index {np.argmax(bad)}.")
-    return a, b
-
-
 def _square_root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -151,26 +128,3 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 def _directions(d: int, count: int, seed: int) -> np.ndarray:
     lines = np.random.default_rng(seed).standard_normal((count, d))
     return lines / np.linalg.norm(lines, axis=1, keepdims=True)
-
-
-def _blocks(rows: int, columns: int) -> list[slice]:
-    size = max(1, 2**22 // columns)
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _distance2(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    distance2 = a @ (-2 * b.T)
-    distance2 += np.einsum("nd,nd->n", a, a)[:, None]
-    distance2 += np.einsum("nd,nd->n", b, b)
-    return distance2
-
-
-def _neighbour_distance2(x: np.ndarray, k: int) -> np.ndarray:
-    nearest = []
-    for rows in _blocks(len(x), len(x)):
-        distance2 = _distance2(x[rows], x)
-        own = np.arange(len(distance2))
-        distance2[own, rows.start + own] = np.inf
-        distance2.partition(k - 1, axis=1)
-        nearest.append(distance2[:, k - 1].copy())  # a copy, or the view would keep the block alive
-    return np.concatenate(nearest)
