@@ -42,7 +42,7 @@ def test_a_set_covers_itself_and_nothing_far_away():
     # A sample lies in its own ball as well as in k others on average.
     assert density_coverage(x, x, k=5) == pytest.approx((6 / 5, 1))
     assert density_coverage(x, x + 100) == (0, 0)
-    # Balls of radius 0, each with eight copies of its centre; the shifted set is rounded otherwise by the matrix product.
+    # Balls of radius 0, each with eight copies of its centre; a matrix product may round the shifted set otherwise.
     copies = np.repeat(1e3 + np.random.default_rng(0).standard_normal((101, 17)), 8, 0)
     assert density_coverage(copies, copies[3:-2]) == pytest.approx((8 / 5, 1))
 
