@@ -80,11 +80,11 @@ def multi_sample_denoiser(
     """Σ_i w_i r_i, w_i ∝ p(x_t | r_i) = N(x_t; α_t r_i, σ_t² I): E[x0 | x_t] if x0 is one of the references.
 
     The self-normalised estimate of the denoiser of the distribution that the references were drawn from (Xu et al.
-    2023, stable target field, eq. 5); `process.score` of it is that of the score. It is consistent, with a bias of order 1/n
-    and a variance that grows as σ_t falls below the distance of neighbouring references. With one reference, the sample
-    that x_t was made from, the score is −ε/σ_t, score distillation sampling's. x_t: [B, ...], t: [B], references:
-    [n, ...]. mine: [B, n] bool, which of the references count for which x_t, at least one each: those of its condition.
-    Nothing is differentiated.
+    2023, stable target field, eq. 5); `process.score` of it is that of the score. It is consistent, with a bias of
+    order 1/n and a variance that grows as σ_t falls below the distance of neighbouring references. With one reference,
+    the sample that x_t was made from, the score is −ε/σ_t, score distillation sampling's. x_t: [B, ...], t: [B],
+    references: [n, ...]. mine: [B, n] bool, which of the references count for which x_t, at least one each: those of
+    its condition. Nothing is differentiated.
     """
     x_t, t, references = map(jax.lax.stop_gradient, (x_t, t, references))
     points, centres = (a.astype(jnp.float32).reshape(len(a), -1) for a in (x_t, references))

@@ -1,4 +1,4 @@
-"""Score distillation: what a teacher has against a sample, for networks and for all that renders (Poole et al. 2023)."""
+"""Score distillation: what a teacher has against a sample, for networks and renderers (Poole et al. 2023)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
