@@ -1,0 +1,279 @@
+"""Distribution matching in linear worlds: the generator is m + s z, the data N(0, c²)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddistill.lora import LoRA
+from ddistill.losses.score import Likelihood, NoisePrediction
+from ddistill.losses.times import Nodes
+from ddistill.losses.weightings import DataWeight
+from ddistill.methods import KD, Progressive, RectifiedFlow
+from ddistill.methods.base import UNKNOWN, Progress, Space
+from ddistill.methods.consistency import renoising_times
+from ddistill.methods.dmd import DMD
+from ddistill.methods.fake_scores import Auxiliary, Delta, Drawn, MultiSample
+from ddistill.methods.sds import SDS, particles, sds_gradient
+from ddistill.methods.together import Together
+from ddistill.mixture import Mixture, as_teacher
+from ddistill.net import Net, guided
+from ddistill.process import edm, flow, vp
+from ddistill.stages import Stage, prepare, run
+from ddistill.train import make_trainer
+
+C = 0.5
+EDM = edm()
+X = jnp.zeros((64, 1))
+PROGRESS = Progress(0)
+KEY = jax.random.key(0)
+
+
+def gaussian(process=EDM, std=C):
+    """The denoiser of N(0, std²), std a parameter."""
+
+    def denoise(params, rest, x, t, cond, *, s, key):
+        alpha, sigma, c = process.alpha(t)[:, None], process.sigma(t)[:, None], params["std"]
+        return alpha * c**2 * x / (alpha**2 * c**2 + sigma**2)
+
+    return Net({"std": jnp.asarray(std)}, {}, denoise)
+
+
+def generator(mean=0.0, std=C, process=EDM):
+    """G(z) = mean + std z."""
+
+    def draw(params, rest, x, t, cond, *, s, key):
+        return params["mean"] + params["std"] * x / process.sigma(t)[:, None]
+
+    return Net({"mean": jnp.asarray(mean), "std": jnp.asarray(std)}, {}, draw)
+
+
+def untraceable(net):
+    """The same network; whoever differentiates it raises."""
+
+    def apply(params, rest, x, t, cond, *, s, key):
+        @jax.custom_vjp
+        def call(params, x):
+            return net.apply(params, rest, x, t, cond, s=s, key=key)
+
+        def backward(residual, cotangent):
+            raise AssertionError("differentiated")
+
+        call.defvjp(lambda params, x: (call(params, x), None), backward)
+        return call(params, x)
+
+    return Net(net.params, net.rest, apply)
+
+
+def test_a_student_with_the_teachers_distribution_stays():
+    nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian()}
+    loss = DMD()(EDM).losses["student"]
+    gradient = jax.grad(
+        lambda p: loss(nets | {"student": nets["student"].replace(params=p)}, {"x": X}, PROGRESS, KEY)[0]
+    )
+    assert all(float(jnp.abs(g)) == 0 for g in jax.tree.leaves(gradient(nets["student"].params)))
+
+
+def test_a_student_is_pulled_towards_the_teachers_distribution():
+    method = DMD(weight=Likelihood(), times=Nodes())(EDM)
+
+    def gradient(mean, std):
+        # A fake score that is exact for the student, so that only the direction of the difference is at stake.
+        def fake(params, rest, x, t, cond, *, s, key):
+            gain = std**2 / (std**2 + t[:, None] ** 2)
+            return mean + gain * (x - mean)
+
+        nets = {"student": generator(mean, std), "teacher": gaussian(), "fake": Net({}, {}, fake)}
+
+        def value(params):
+            return method.losses["student"](
+                nets | {"student": nets["student"].replace(params=params)}, {"x": X}, PROGRESS, KEY
+            )[0]
+
+        return jax.grad(value)(nets["student"].params)
+
+    assert gradient(0.4, C)["mean"] > 0 > gradient(-0.4, C)["mean"]
+    assert gradient(0.0, 2 * C)["std"] > 0 > gradient(0.0, C / 2)["std"]
+
+
+def test_the_fake_score_learns_the_students_distribution():
+    method = DMD(Auxiliary(weighting=DataWeight()))(EDM)
+
+    def value(std):
+        nets = {"student": generator(0.0, 0.8), "fake": gaussian(std=std)}
+        return method.losses["fake"](nets, {"x": jnp.zeros((40_000, 1))}, PROGRESS, KEY)[0]
+
+    assert abs(float(jax.grad(value)(0.8))) < 0.1 * abs(float(jax.grad(value)(0.5)))
+    assert jax.grad(value)(0.5) < 0 < jax.grad(value)(1.2)
+
+
+def test_neither_scores_nor_noised_samples_are_differentiated():
+    nets = {"student": generator(), "teacher": untraceable(gaussian()), "fake": untraceable(gaussian(std=0.3))}
+    for fake in (Auxiliary(), Delta(), MultiSample()):
+        loss = DMD(fake)(EDM).losses["student"]
+        jax.grad(
+            lambda p, loss=loss: loss(nets | {"student": generator().replace(params=p)}, {"x": X}, PROGRESS, KEY)[0]
+        )(nets["student"].params)
+
+
+def test_a_fake_only_turn_leaves_the_student_bit_for_bit_and_does_not_trace_its_backward_pass():
+    method = DMD(every=5, weight=NoisePrediction())(EDM)
+    start = {"student": lambda t, k, s: untraceable(generator()), "fake": lambda t, k, s: gaussian()}
+    method = dataclasses.replace(method, init=start)
+    trainer = make_trainer(method, {name: optax.adam(1e-2) for name in method.losses})
+    nets, state = prepare(trainer, gaussian(), gaussian(), KEY)
+    assert [method.turn(step) for step in range(6)] == [("fake", "student"), *[("fake",)] * 4, ("fake", "student")]
+    before = jax.tree.map(np.asarray, (state.params, state.ema))
+    state, _ = trainer.step(state, nets, {"x": X}, ("fake",))
+    after = jax.tree.map(np.asarray, (state.params, state.ema))
+    assert before[0]["student"] == after[0]["student"] and before[1] == after[1]
+    assert before[0]["fake"] != after[0]["fake"]
+    with pytest.raises(AssertionError, match="differentiated"):
+        trainer.step(state, nets, {"x": X}, ("fake", "student"))
+
+
+@pytest.mark.parametrize("process", [edm(), vp(), flow()], ids=lambda p: type(p.schedule).__name__)
+def test_score_distillation_is_distribution_matching_with_a_point_mass_and_with_one_sample(process):
+    teacher, noise, x = gaussian(process, 0.7), jnp.asarray([[0.3]]), jnp.asarray([[0.9]])
+    t = jnp.asarray([0.5])
+    eps_hat = process.eps(teacher(process.diffuse(x, noise, t), t), process.diffuse(x, noise, t), t)
+    gradient = sds_gradient(teacher, process, x, t, noise, weight=NoisePrediction(0.0))
+    np.testing.assert_allclose(gradient, eps_hat - noise, rtol=1e-5)  # Poole et al. 2023, eq. 3, with w = 1
+    batch, nets = {"x": jnp.zeros((1, 1))}, {"student": generator(process=process), "teacher": teacher}
+
+    def grad(method):
+        def value(p):
+            return method(process).losses["student"](
+                nets | {"student": nets["student"].replace(params=p)}, batch, PROGRESS, KEY
+            )[0]
+
+        return jax.grad(value)(nets["student"].params)
+
+    one = grad(SDS())
+    for fake in (Delta(), MultiSample()):
+        other = grad(DMD(fake, weight=NoisePrediction()))
+        np.testing.assert_array_equal(jax.tree.leaves(other), jax.tree.leaves(one))
+
+
+def test_variational_score_distillation_takes_the_fake_score_of_a_network():
+    x, noise, t = jnp.asarray([[0.4]]), jnp.asarray([[-0.2]]), jnp.asarray([0.8])
+    same = sds_gradient(gaussian(), EDM, x, t, noise, fake=gaussian())
+    np.testing.assert_array_equal(same, 0)
+    assert sds_gradient(gaussian(), EDM, x, t, noise, fake=gaussian(std=0.1)) < 0  # the narrower one is pushed apart
+
+
+def test_particles_of_score_distillation_fall_together_and_those_of_distribution_matching_do_not():
+    world = Mixture.from_covariances([1.0], [[0.0, 0.0]], [C**2 * np.eye(2)])
+    teacher, n = as_teacher(world, EDM), 64
+    scenes = jax.random.normal(jax.random.key(1), (n, 2))
+
+    def spread(method):
+        made = dataclasses.replace(method(EDM), init={"student": lambda t, k, s: particles(lambda p: p, scenes)})
+        stage = Stage(
+            "s", made, 400, lambda _: lambda i: {"x": np.zeros((n, 2), np.float32)}, lambda k: optax.adam(0.05)
+        )
+        return float(jnp.std(run([stage], teacher, KEY)[-1].params))
+
+    assert spread(SDS()) < 0.05
+    assert spread(DMD(MultiSample(), weight=NoisePrediction())) == pytest.approx(C, rel=0.2)
+
+
+def test_guidance_enters_the_real_score_alone():
+    def apply(params, rest, x, t, cond, *, s, key):
+        return params["w"] * x * jnp.where(cond >= 0, 1.0, 0.5)[:, None]
+
+    teacher = Net({"w": jnp.asarray(0.5)}, {}, apply)
+    method = DMD()(EDM)
+    trainer = make_trainer(method, {name: optax.sgd(0.1) for name in method.losses})
+    nets, state = prepare(trainer, teacher, guided(teacher, 3.0, np.int32(-1)), KEY)
+    x, cond = jnp.ones((8, 1)), jnp.zeros(8, jnp.int32)
+    np.testing.assert_allclose(nets["teacher"](x, 1.0, cond), 0.25 + 3 * 0.25)
+    fake = nets["fake"].replace(params=state.params["fake"])
+    np.testing.assert_allclose(fake(x, 1.0, cond), 0.5)
+
+
+def test_several_steps_start_where_the_sampler_will_be():
+    """With the exact student the renoised samples have the law of x_t, standard deviation √(c² + σ²)."""
+
+    def exact(params, rest, x, t, cond, *, s, key):
+        return x * jnp.sqrt((C**2 + s**2) / (C**2 + t**2))[:, None]
+
+    dmd = DMD(steps=4)
+    x, t = dmd.start(EDM, Net({}, {}, exact), (40_000, 1), None, KEY)
+    times = renoising_times(EDM, 4)[:-1]
+    assert set(np.unique(t)) == set(np.asarray(times))
+    for each in times:
+        of = np.asarray(x)[np.asarray(t) == float(each)]
+        std = float(np.sqrt(float(each) ** 2 + (C**2 if each < EDM.t_max else 0)))
+        assert len(of) == pytest.approx(10_000, rel=0.05) and of.std() == pytest.approx(std, rel=0.03)
+    made = dmd(EDM)
+    np.testing.assert_array_equal(made.sampling.times(4), renoising_times(EDM, 4))
+    with pytest.raises(ValueError, match="taught 4 steps; given 2"):
+        made.sampling.times(2)
+
+
+def test_the_queue_holds_the_samples_of_the_last_steps_and_their_conditions():
+    space = Space((1,), 3)
+    method = DMD(MultiSample(queue=6), weight=NoisePrediction())(EDM)
+    method = dataclasses.replace(method, init={"student": lambda t, k, s: generator()})
+    trainer = make_trainer(method, {"student": optax.set_to_zero()})
+    nets = trainer.start(gaussian(), KEY, space)
+    state = trainer.init(nets, KEY, space)
+    nets = {"teacher": gaussian(), **nets}
+    drawn = []
+    for step in range(2):
+        cond = jnp.asarray([0, 1, 2, step], jnp.int32)
+        k_start = jax.random.split(jax.random.fold_in(state.key, state.step), 4)[0]
+        x, _ = DMD().start(EDM, generator(), (4, 1), None, k_start)
+        drawn.append((np.asarray(C * x / EDM.sigma(EDM.t_max)), np.asarray(cond)))
+        assert bool(state.memory["queue"]["filled"].any()) == (step > 0)
+        state, _ = trainer.step(state, nets, {"x": jnp.zeros((4, 1)), "cond": cond}, ("student",))
+    queue = jax.tree.map(np.asarray, state.memory["queue"])
+    np.testing.assert_allclose(queue["x"], np.concatenate([drawn[1][0], drawn[0][0][:2]]), rtol=1e-6)
+    np.testing.assert_array_equal(queue["cond"], [0, 1, 2, 1, 0, 1])
+    assert queue["filled"].all()
+
+
+def test_samples_of_other_conditions_do_not_count():
+    cond = jnp.asarray([0, 0, 1])
+    drawn = jnp.asarray([[0.0], [2.0], [9.0]])
+
+    seen = MultiSample()(EDM, jnp.full((3, 1), 1.0), jnp.full(3, 1.0), Drawn(drawn, cond, {}, {}, KEY))
+    np.testing.assert_allclose(seen, [[1.0], [1.0], [9.0]], rtol=1e-6)
+
+
+def test_a_low_rank_fake_score_trains_its_adapter_alone():
+    teacher = Net({"w": jnp.eye(4)}, {}, lambda p, r, x, t, c, *, s, key: x @ p["w"])
+    fake = DMD(Auxiliary(lora=LoRA(rank=1, layers=("w",))))(EDM).init["fake"](teacher, KEY, UNKNOWN)
+    assert set(fake.params) == {"w.down", "w.up"}
+    np.testing.assert_array_equal(fake(jnp.ones((2, 4)), 1.0), teacher(jnp.ones((2, 4)), 1.0))
+
+
+def test_methods_add_up_with_weights():
+    main, other = DMD(every=3, rate=0.5), KD(steps=(1,), pairs=10)
+    both = Together(main, other, 0.25)(EDM)
+    assert both.turn(1) == ("fake",) and both.rate["student"] == 0.5 and both.pairs == other(EDM).pairs
+    assert both.needs == {"x", "noise"} and set(both.losses) == {"student", "fake"}
+    nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian(std=0.3)}
+    batch = {"x": jnp.ones((8, 1)), "noise": jnp.ones((8, 1))}
+    value, metrics = both.losses["student"](nets, batch, PROGRESS, KEY)
+    a = main(EDM).losses["student"](nets, batch, PROGRESS, KEY)[0]
+    b = other(EDM).losses["student"](nets, batch, PROGRESS, jax.random.fold_in(KEY, 1))[0]
+    np.testing.assert_allclose([value, metrics["main"], metrics["other"]], [a + 0.25 * b, a, b], rtol=1e-6)
+    alone = main(EDM).losses["fake"](nets, batch, PROGRESS, KEY)[0]
+    np.testing.assert_array_equal(both.losses["fake"](nets, batch, PROGRESS, KEY)[0], alone)
+
+
+def test_methods_that_cannot_be_added_say_why():
+
+    for other, message in (
+        (Progressive(), "several rounds"),
+        (RectifiedFlow(), "different processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Together(DMD(), other)(EDM)
+    with pytest.raises(ValueError, match="both methods bring teacher pairs"):
+        Together(KD(pairs=10), KD(pairs=20))(EDM)
