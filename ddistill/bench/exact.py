@@ -176,7 +176,7 @@ def inversion_rows(
 
 
 METRICS = (
-    "endpoint", "endpoint_median", "sw2", "precision", "recall", "weights", "ll_gap",
+    "endpoint", "endpoint_median", "sw2", "precision", "recall", "weights", "spread", "diversity", "ll_gap",
     "encoding", "encoding_median", "round_trip", "round_trip_median",
 )  # fmt: skip
 

@@ -12,12 +12,15 @@ from jax import Array
 from ddistill import grids
 from ddistill.bench.exact import Problem, Recipe, Row, distilled, fitted_network, row
 from ddistill.config import Data
+from ddistill.evaluate.diversity import condition_diversity
 from ddistill.evaluate.metrics import sliced_wasserstein
 from ddistill.evaluate.mixture import SCALE
 from ddistill.integrators import dpmpp_2m
 from ddistill.integrators.exact import flow_map
 from ddistill.methods.base import Made, home, sampling_of
+from ddistill.mixture import Mixture
 from ddistill.net import Scaled, guided
+from ddistill.process import Process
 from ddistill.sample import matched_noise, sample
 
 NULL = -1
@@ -45,6 +48,8 @@ def guided_rows(
 
     endpoint, endpoint_median: distance to where the exact guided flow takes the same noise; sw2: sliced Wasserstein-2
     distance to the exact guided flow of other noise, floor_sw2 that between two such sets; all over the data's scale.
+    recall: the share of modes found, see `mode_recall`; diversity: mean distance between samples of one condition over
+    that of the exact guided flow, which itself has less of it the higher the scale.
     The exact teacher under DPM-Solver++(2M) stands beside it.
     """
     problem = conditional(problem)
@@ -61,14 +66,19 @@ def guided_rows(
         field = guided(problem.teacher, w, NULL).bind(labels)
         exact, reference = (flow_map(field, problem.process, z, problem.process.t_max, 0.0) for z in (noise, other))
         floor = sliced_wasserstein(exact, reference) / SCALE
+        varied = condition_diversity(reference, labels)
 
-        def judged(method: str, n: int, nfe: int, x: Array, wall: float, truth=(w, exact, reference, floor)) -> Row:
-            w, exact, reference, floor = truth
+        def judged(
+            method: str, n: int, nfe: int, x: Array, wall: float, truth=(w, exact, reference, floor, varied)
+        ) -> Row:
+            w, exact, reference, floor, varied = truth
             error = (np.asarray(x, np.float64) - np.asarray(exact, np.float64)) / SCALE
             metrics = {
                 "endpoint": float(np.sqrt(np.mean(error**2))),
                 "endpoint_median": float(np.median(np.sqrt(np.mean(error**2, axis=1)))),
                 "sw2": sliced_wasserstein(x, reference) / SCALE,
+                "recall": mode_recall(problem.mixture, problem.process, x, reference, labels),
+                "diversity": condition_diversity(x, labels) / varied,
             }
             return row(problem, method, n, nfe, seed, metrics, wall, w=w, floor_sw2=floor)
 
@@ -81,3 +91,21 @@ def guided_rows(
             key = jax.random.fold_in(jax.random.key(seed), 3)
             solution = sample(student, process, sampling.times(n), own, key, gamma=sampling.gamma, cond=cond)
             yield judged(name, n, int(solution.nfe), solution.x, wall)
+
+
+def mode_recall(
+    mixture: Mixture, process: Process, x: Array, reference: Array, labels: Array, least: int = 10
+) -> float | None:
+    """Share of modes that more than a fifth as many of x [N, d] as of `reference` [N, d] lie in, given labels [N].
+
+    A sample lies in the mode of its class with the highest posterior at t_min. Modes with fewer than `least` samples of
+    the reference, which guidance has emptied, are left out: to find them would be chance. None where no mode is left.
+    """
+
+    def held(x: Array) -> np.ndarray:
+        mode = jnp.argmax(mixture.responsibilities(process, x, process.t_min, labels), axis=1)
+        return np.bincount(np.asarray(mode), minlength=mixture.K)
+
+    there = held(reference)
+    visited = there >= least
+    return float(np.mean(held(x)[visited] > 0.2 * there[visited])) if visited.any() else None

@@ -333,6 +333,8 @@ _BENCH = {
     "precision": ".3f",
     "recall": ".3f",
     "weights": ".4f",
+    "spread": ".3f",
+    "diversity": ".3f",
     "ll_gap": ".2f",
     "encoding": ".3f",
     "round_trip": ".3f",
