@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-_INK, _FAINT, _SHEET = "#1f2328", "#6e7781", "#3d444d"
-# Okabe & Ito's palette, told apart by colour-blind readers too, without its yellow, which is too pale for lines.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
+from ddistill.report import canvas
+from ddistill.report.canvas import COLOURS, FAINT, INK
+
+_SHEET = "#3d444d"
 
 
 def image_grid(x, columns: int) -> np.ndarray:
@@ -82,20 +83,20 @@ def save_sample_sheet(
         (gutter - gap, top - gap, gutter + columns * (width + gap) - 1, top + len(sets) * step - 1), fill=_SHEET
     )
     if title:
-        draw.text((margin, margin), title, font=bold, fill=_INK)
+        draw.text((margin, margin), title, font=bold, fill=INK)
     for column, heading in enumerate(headings or ()):
         middle = gutter + column * (width + gap) + width / 2
-        draw.text((middle, top - gap - size * 0.4), heading, font=text, fill=_FAINT, anchor="ms")
+        draw.text((middle, top - gap - size * 0.4), heading, font=text, fill=FAINT, anchor="ms")
     for row, (label, images) in enumerate(sets):
         y = top + row * step
-        draw.multiline_text((margin, y + (step - gap) / 2), label, font=text, fill=_INK, anchor="lm")
+        draw.multiline_text((margin, y + (step - gap) / 2), label, font=text, fill=INK, anchor="lm")
         for column, image in enumerate(images):
             rgb = np.broadcast_to(image, (*image.shape[:2], 3))
             tile = Image.fromarray(np.ascontiguousarray(rgb)).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (gutter + column * (width + gap), y + (step - gap - height) // 2))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
-    _write(path, buffer)
+    canvas.write(path, buffer)
 
 
 def save_loss_plot(
@@ -124,11 +125,11 @@ def save_loss_plot(
             )
     positive = all((values[np.isfinite(values)] > 0).all() for _, values in curves.values())
 
-    figure = _figure(8, 4.2)
+    figure = canvas.figure(8, 4.2)
     axes = figure.add_subplot()
     lows, highs = [], []
     for index, (name, (steps, values)) in enumerate(curves.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         mean = _running_mean(values, max(1, len(values) // 25))
         axes.plot(steps, np.where(np.isfinite(values), values, np.nan), color=colour, alpha=0.22, linewidth=0.7)
         dot = "o" if len(steps) == 1 else None
@@ -149,19 +150,11 @@ def save_loss_plot(
         elif high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_xlim(min(s.min() for s, _ in curves.values()), max(max(s.max() for s, _ in curves.values()), 1))
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=10)
-    axes.set_xlabel(xlabel, fontsize=11, color=_INK)
-    axes.set_ylabel(ylabel + (", log scale" if positive else ""), fontsize=11, color=_INK)
+    canvas.plain(axes, title, xlabel, ylabel + (", log scale" if positive else ""))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(which="major", color="#d0d7de", linewidth=0.7)
-    axes.grid(which="minor", axis="y", color="#eaeef2", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", labelsize=10, colors=_INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
     above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.99), "borderaxespad": 0.2}  # beside the title
-    axes.legend(frameon=False, fontsize=11, labelcolor=_INK, ncols=min(4, len(curves)), **above)
-    _save_figure(path, figure)
+    axes.legend(frameon=False, fontsize=11, labelcolor=INK, ncols=min(4, len(curves)), **above)
+    canvas.save(path, figure)
 
 
 def save_scatter(path: str | Path, panels: Sequence[tuple[str, np.ndarray]], centres: np.ndarray | None = None) -> None:
@@ -185,28 +178,28 @@ def save_scatter(path: str | Path, panels: Sequence[tuple[str, np.ndarray]], cen
 
     rows = math.ceil(len(clouds) / 4)
     columns = math.ceil(len(clouds) / rows)
-    figure = _figure(2.7 * columns, 3.0 * rows)
+    figure = canvas.figure(2.7 * columns, 3.0 * rows)
     for index, (title, xy) in enumerate(clouds):
         axes = figure.add_subplot(rows, columns, index + 1)
         inside = (np.abs(xy - middle) <= half).all(1)
         shown = xy[inside]
         alpha = float(np.clip(900 / max(len(shown), 1), 0.12, 0.8))
-        axes.scatter(shown[:, 0], shown[:, 1], s=3, alpha=alpha, color=_COLOURS[0], linewidths=0)
-        axes.scatter(marks[:, 0], marks[:, 1], s=26, marker="+", color=_COLOURS[1], linewidths=0.9)
+        axes.scatter(shown[:, 0], shown[:, 1], s=3, alpha=alpha, color=COLOURS[0], linewidths=0)
+        axes.scatter(marks[:, 0], marks[:, 1], s=26, marker="+", color=COLOURS[1], linewidths=0.9)
         if not inside.all():
             note = f"{(~inside).sum()} of {len(xy)} points outside"
             corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
             box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
-            axes.text(0.975, 0.025, note, fontsize=8, color=_INK, bbox=box, **corner)
+            axes.text(0.975, 0.025, note, fontsize=8, color=INK, bbox=box, **corner)
         axes.set_xlim(middle[0] - half, middle[0] + half)
         axes.set_ylim(middle[1] - half, middle[1] + half)
         axes.set_aspect("equal")
-        axes.set_title(title, fontsize=11, color=_INK)
+        axes.set_title(title, fontsize=11, color=INK)
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color("#d0d7de")
-    _save_figure(path, figure)
+    canvas.save(path, figure)
 
 
 def _pixels(x, what: str) -> np.ndarray:
@@ -245,31 +238,3 @@ def _font(size: int, bold: bool = False):
     # Pillow's own font has no Greek; matplotlib always brings DejaVu.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no global state, and no display needed.
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)  # inches
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save_figure(path: str | Path, figure) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    _write(path, buffer)
-
-
-def _write(path: str | Path, buffer: io.BytesIO) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(buffer.getvalue())
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"Cannot write the picture {path}: {reason}. Give a file in a folder you may write to."
-        ) from error
