@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ddistill.config import Experiment as Experiment
     from ddistill.methods import METHODS as METHODS
     from ddistill.methods import Method as Method
+    from ddistill.methods import particles as particles
+    from ddistill.methods import sds_gradient as sds_gradient
     from ddistill.mixture import Mixture as Mixture
     from ddistill.net import Net as Net
     from ddistill.net import from_nnx as from_nnx
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 _MODULES = ("grids", "integrators", "sample")
 _NAMES = {
     "config": ("Experiment",),
-    "methods": ("METHODS", "Method"),
+    "methods": ("METHODS", "Method", "particles", "sds_gradient"),
     "mixture": ("Mixture",),
     "net": ("Net", "from_nnx", "guided", "retime"),
     "process": ("Process", "cosine", "discrete_vp", "edm", "flow", "sub_vp", "trig", "ve", "vp", "vp_cosine"),

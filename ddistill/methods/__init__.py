@@ -8,6 +8,8 @@ from ddistill.methods.consistency import Consistency
 from ddistill.methods.consistency_training import ConsistencyTraining
 from ddistill.methods.ctm import CTM
 from ddistill.methods.denoising import Denoising
+from ddistill.methods.dmd import DMD, dmd_multi_sample, dmd_with_regression
+from ddistill.methods.fake_scores import Auxiliary, Delta, MultiSample
 from ddistill.methods.guidance import GuidanceDistillation
 from ddistill.methods.invertible import Invertible
 from ddistill.methods.kd import KD
@@ -17,6 +19,8 @@ from ddistill.methods.multistep import MultistepConsistency
 from ddistill.methods.phased import PhasedConsistency
 from ddistill.methods.progressive import Progressive
 from ddistill.methods.rectified_flow import FlowConsistency, RectifiedFlow, Reflow
+from ddistill.methods.sds import SDS, particles, sds_gradient
+from ddistill.methods.together import Together
 from ddistill.process import Process
 
 
@@ -62,17 +66,29 @@ METHODS = {
     "phased": Entry(PhasedConsistency, "Phased consistency", "Wang et al. 2024, arXiv:2405.18407"),
     "ctm": Entry(CTM, "Consistency trajectory models", "Kim et al. 2024, arXiv:2310.02279", (1, 2, 4, 8, 16)),
     "invertible": Entry(Invertible, "Invertible consistency", "Starodubcev et al. 2024, arXiv:2406.14539"),
+    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,)),
+    "dmd_regression": Entry(
+        dmd_with_regression, "Distribution matching with regression", "Yin et al. 2024, arXiv:2311.18828", (1,)
+    ),
+    "dmd_multi_sample": Entry(
+        dmd_multi_sample, "Distribution matching by the samples' own score", "Xu et al. 2023, arXiv:2302.00670", (1,)
+    ),
+    "sds": Entry(SDS, "Score distillation", "Poole et al. 2023, arXiv:2209.14988", (1,)),
     "lora": Entry(Adapted, "Consistency with low-rank students", "Luo et al. 2023, arXiv:2311.05556"),
 }  # fmt: skip
 """Methods that make a student, by their name on the command line."""
 
 __all__ = [
     "CTM",
+    "DMD",
     "KD",
     "METHODS",
+    "SDS",
     "Adapted",
+    "Auxiliary",
     "Consistency",
     "ConsistencyTraining",
+    "Delta",
     "Denoising",
     "Entry",
     "FlowConsistency",
@@ -80,10 +96,14 @@ __all__ = [
     "Invertible",
     "LatentConsistency",
     "Method",
+    "MultiSample",
     "MultistepConsistency",
     "PhasedConsistency",
     "Progressive",
     "RectifiedFlow",
     "Reflow",
     "Round",
+    "Together",
+    "particles",
+    "sds_gradient",
 ]

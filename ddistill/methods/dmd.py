@@ -10,7 +10,9 @@ from ddistill.losses.score import DirectionWeight, Normalised, directed, diverge
 from ddistill.losses.times import KarrasRamp, TimeLaw
 from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import renoising_times
-from ddistill.methods.fake_scores import Auxiliary, Drawn, Fake
+from ddistill.methods.fake_scores import Auxiliary, Drawn, Fake, MultiSample
+from ddistill.methods.kd import KD
+from ddistill.methods.together import Together
 from ddistill.net import Net, frozen
 from ddistill.process import Process, expand
 
@@ -93,3 +95,16 @@ class DMD:
                 f"this student of distribution matching was taught {self.steps} steps; given {steps} steps"
             )
         return renoising_times(process, steps)
+
+
+def dmd_with_regression(weight: float = 0.25) -> Together:
+    """L_DMD + λ E d(G_θ(x_T), Φ_{T→0}(x_T)) over teacher pairs: DMD as first published (Yin et al. 2024, eq. 9).
+
+    The regression holds every mode of the teacher, which the divergence, reverse as it is, may drop.
+    """
+    return Together(DMD(), KD(steps=(1,)), weight)
+
+
+def dmd_multi_sample(weight: float = 0.25) -> Together:
+    """`dmd_with_regression` without a network for the fake score: that of the step's own samples takes its place."""
+    return Together(DMD(MultiSample()), KD(steps=(1,)), weight)
