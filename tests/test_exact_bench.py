@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 from scipy import stats
 
 from ddistill.bench import exact as bench
+from ddistill.bench import leaderboard
 from ddistill.config import MLPNetwork
 from ddistill.evaluate.metrics import sliced_wasserstein, sliced_wasserstein_to
 from ddistill.evaluate.mixture import SCALE, floor, judge
 from ddistill.integrators import dpmpp_2m
 from ddistill.methods import METHODS
 from ddistill.mixture import Mixture
+from ddistill.process import edm
 
 N = 500
 WEIGHTS = np.array([0.5, 0.3, 0.2])
@@ -150,3 +153,31 @@ def test_a_student_is_fitted_distilled_and_judged(problem):
     pairs = dataclasses.replace(METHODS["kd"].make(), pairs=128, teacher_steps=8)
     (row,) = bench.student_rows(problem, "kd", pairs(problem.process), start, 0, TINY, (1,))
     assert (row["steps"], row["nfe"]) == (1, 1) and 0 < row["endpoint"] < 2 and row["floor_sw2"] == problem.floor["sw2"]
+
+
+def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch):
+    trained = []
+
+    def student(case, name, made, start, seed, plan, steps):
+        trained.append((name, seed, plan.steps))
+        yield from ({"mixture": "ring8", "method": name, "steps": n, "seed": seed} for n in steps)
+
+    def teacher(case, net, method, integrator, steps, seed=0):
+        return {"mixture": "ring8", "method": method, "steps": steps, "seed": seed}
+
+    case = SimpleNamespace(process=edm(), mixture=MIXTURE)
+    exact_map = {"mixture": "ring8", "method": "teacher/exact-map", "steps": 0, "seed": 0}
+    for name, fake in (
+        ("problem", lambda name: case), ("reference_rows", lambda case: iter([exact_map])),
+        ("fitted_network", lambda *a: None), ("student_rows", student), ("teacher_row", teacher),
+    ):  # fmt: skip
+        monkeypatch.setattr(leaderboard, name, fake)
+    names = ["kd", "reflow"]
+    everything = list(leaderboard.leaderboard(names, ["ring8"], 2))
+    assert trained == [(name, seed, steps) for seed in (0, 1) for name, steps in (("kd", 6000), ("reflow", 12_000))]
+    for cut in (0, 3, len(everything)):
+        rest = list(leaderboard.leaderboard(names, ["ring8"], 2, everything[:cut]))
+        again = {row["method"] for row in rest} & {row["method"] for row in everything[:cut]}
+        assert [*everything[:cut], *rest][-1] == everything[-1]
+        assert cut < len(everything) or not rest
+        assert not again & {"teacher/exact-map"}

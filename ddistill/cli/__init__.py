@@ -95,7 +95,9 @@ class Bench:
     seeds: int = 1
     """Repetitions, each with its own network and noise."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write the rows there, anew after each one."""
+    """Write the rows there, anew after each one; a method whose rows it has already is not measured again."""
+    page: Annotated[Path | None, arg(metavar="FILE.md")] = None
+    """Write all rows, those that --json had included, as a page of tables."""
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def methods() -> None:
 def bench(command: Bench) -> None:
     """Run the benchmark with exact teachers."""
     from ddistill.bench.leaderboard import leaderboard
+    from ddistill.bench.page import markdown
     from ddistill.mixture import BUNDLED, Mixture
 
     names = list(METHODS) if command.methods == "all" else [n.strip() for n in command.methods.split(",") if n.strip()]
@@ -219,12 +220,10 @@ def bench(command: Bench) -> None:
     mixtures = command.mixture or BUNDLED
     for mixture in mixtures:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
-    if command.json is not None:
-        _write_json(command.json, {"rows": []})
-    rows: list[Row] = []
+    rows = [] if command.json is None else _read_rows(command.json)
     for mixture in mixtures:
         with Live(_bench_table(mixture, []), console=_console(), refresh_per_second=2) as live:
-            for row in leaderboard(names, [mixture], command.seeds):
+            for row in leaderboard(names, [mixture], command.seeds, rows[:]):
                 rows.append(row)
                 live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
                 if command.json is not None:
@@ -232,6 +231,20 @@ def bench(command: Bench) -> None:
                 if not live.console.is_terminal:
                     sw2 = _cell(row["sw2"], ".4f")
                     _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
+    if command.page is not None:
+        flags = f"--methods {command.methods} --seeds {command.seeds}"
+        command.page.write_text(markdown(rows, f"ddistill bench exact {flags}"), encoding="utf-8")
+        _say(f"Wrote {command.page}")
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of an earlier call, none if there is no file."""
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text("utf-8"))["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {path} is not a file that this command wrote; give another name") from error
 
 
 def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:
