@@ -125,7 +125,8 @@ def make_trainer(
             metrics |= {f"{name}/{k}": v for k, v in info.items()} | {f"{name}/grad_norm": optax.tree.norm(grad)}
         for name, (source, decay) in method.ema.items():
             if source in turn:
-                ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - decay)
+                kept = decay(progress) if callable(decay) else decay
+                ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - kept)
 
         memory = {n: m.update(state.memory[n], current, batch, progress, key) for n, m in method.memory.items()}
         after = State(state.step + 1, state.key, params, opt, ema, memory)

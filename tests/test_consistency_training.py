@@ -110,6 +110,7 @@ def test_ct_grows_and_its_target_slows_on_schedule():
     assert [int(law.nodes(Progress(k, 1000))) for k in (0, 1, 100, 500, 999, 1000)] == [2, 6, 48, 107, 151, 151]
     for k, nodes in ((0, 2), (500, 107), (1000, 151)):
         np.testing.assert_allclose(law.target_decay(Progress(k, 1000), 0.9), 0.9 ** (2 / nodes), rtol=1e-6)
+    assert ConsistencyTraining(law, target_ema=law.target_decay)(edm()).ema["target"] == ("student", law.target_decay)
     process = edm()
     assert np.asarray(law(process, Progress(0, 1000), jax.random.key(0), 8)).tolist() == [[80.0] * 8, [0.0] * 8]
     t, s = law(process, Progress(100, 1000), jax.random.key(0), 4000)

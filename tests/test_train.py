@@ -11,7 +11,7 @@ import pytest
 from ddistill import sharding
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.log import Silent
-from ddistill.methods.base import Method, Sampling, from_teacher
+from ddistill.methods.base import Memory, Method, Sampling, Space, from_teacher
 from ddistill.net import Net
 from ddistill.stages import DivergedError, Stage, run
 from ddistill.train import make_trainer
@@ -91,6 +91,46 @@ def test_each_loss_moves_the_network_it_is_named_after_and_no_other():
     np.testing.assert_array_equal(state.ema["slow"]["w"], before["slow"])
     np.testing.assert_allclose(state.params["fake"]["w"][0], 3.5 - 0.5 * 1.6)
     assert "student/loss" not in metrics
+
+
+def test_rates_multiply_and_averages_may_slow_down():
+    m = dataclasses.replace(method(), rate={"student": 0.5}, ema={"slow": ("student", lambda progress: progress.share)})
+    trainer, nets, state = start(m, {"student": optax.sgd(0.1)})
+    full, _, other = start(method(), {"student": optax.sgd(0.1)})
+    before = np.asarray(state.params["student"]["w"])
+    other, _ = full.step(other, nets, source(0), ("student",))
+    for step in range(2):
+        old = np.asarray(state.ema["slow"]["w"])
+        state, _ = trainer.step(state, nets, source(0), ("student",), 4)
+        now = np.asarray(state.params["student"]["w"])
+        if step == 0:
+            np.testing.assert_allclose(
+                now - before, 0.5 * (np.asarray(other.params["student"]["w"]) - before), rtol=1e-5
+            )
+        np.testing.assert_allclose(state.ema["slow"]["w"], step / 4 * old + (1 - step / 4) * now, rtol=1e-6)
+
+
+def test_what_training_remembers_is_in_its_batches_and_resumes(tmp_path):
+    def loss(nets, batch, progress, key):
+        return jnp.sum(nets["student"].params["w"]) * batch["sum"]["x"], {"seen": batch["sum"]["x"]}
+
+    memory = Memory(
+        init=lambda nets, space: {"x": jnp.asarray(float(space.num_classes))},
+        update=lambda old, nets, batch, progress, key: {"x": old["x"] + batch["x"].sum()},
+    )
+    m = dataclasses.replace(method(loss), memory={"sum": memory})
+    plain = stage(m, 6, space=Space((2,), 3))
+    log = Silent()
+    run([plain], net([2.0, 3.0]), jax.random.key(0), log=log, log_every=1)
+    total = 3 + np.cumsum([0.0, *(source(i)["x"].sum() for i in range(5))])
+    np.testing.assert_allclose([row["student/seen"] for row in log.rows], total, rtol=1e-5)
+    short = dataclasses.replace(plain, source=lambda _: lambda i: source(i) if i < 4 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run([short], net([2.0, 3.0]), jax.random.key(0), workdir=tmp_path, checkpoint_every=2)
+    log = Silent()
+    run([plain], net([2.0, 3.0]), jax.random.key(0), workdir=tmp_path, log=log, log_every=1)
+    np.testing.assert_allclose([row["student/seen"] for row in log.rows], total[-len(log.rows) :], rtol=1e-5)
+    assert len(log.rows) == 2
 
 
 def test_a_network_out_of_turn_is_not_traced():
@@ -236,6 +276,8 @@ def test_a_corrupt_checkpoint_is_named(tmp_path):
 def test_methods_and_batches_that_do_not_fit_are_refused_with_words():
     with pytest.raises(ValueError, match="losses name .* but init names"):
         Method(losses={"a": regression}, init={}, sampling=SAMPLING)
+    with pytest.raises(ValueError, match="numbers > 0"):
+        method(rate={"student": 0.0})
     with pytest.raises(ValueError, match="must average one of"):
         method(ema={"ema": ("nobody", 0.9)})
     with pytest.raises(ValueError, match="numbers >= 1"):

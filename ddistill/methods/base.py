@@ -31,6 +31,9 @@ class Progress:
         return jnp.asarray(self.step, jnp.float32) / self.steps
 
 
+Decay = float | Callable[[Progress], Array]
+"""How much of an average stays at a step; a number in [0, 1), or one that depends on the progress."""
+
 Loss = Callable[[Mapping[str, Net], Batch, Progress, Array], tuple[Array, Metrics]]
 """loss(nets, batch, progress, key) -> (scalar, metrics), differentiated by the network it is named after."""
 
@@ -108,7 +111,7 @@ class Method:
     every: Mapping[str, int] = field(default_factory=dict)
     rate: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Memory] = field(default_factory=dict)
-    ema: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    ema: Mapping[str, tuple[str, Decay]] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     result: str = "student"
     inverse: str | None = None
@@ -120,7 +123,7 @@ class Method:
         if set(self.losses) != set(self.init):
             raise ValueError(f"losses name {sorted(self.losses)} but init names {sorted(self.init)}: they must agree")
         for name, (source, decay) in self.ema.items():
-            if source not in self.losses or name in self.losses or not 0 <= decay < 1:
+            if source not in self.losses or name in self.losses or not (callable(decay) or 0 <= decay < 1):
                 raise ValueError(
                     f"ema {name!r} = ({source!r}, {decay}) must average one of {sorted(self.losses)} under another "
                     "name, with a decay in [0, 1)"

@@ -10,7 +10,7 @@ from jax import Array
 
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.losses.times import bounded_rho
-from ddistill.methods.base import Method, Progress, Sampling, from_teacher
+from ddistill.methods.base import Decay, Method, Progress, Sampling, from_teacher
 from ddistill.methods.consistency import doubled, node, per_interval, position, renoising_times
 from ddistill.process import Process
 
@@ -103,18 +103,18 @@ class ConsistencyTraining:
     teacher is asked, and for a price: where x_t leaves x0 uncertain x_s scatters, and so do the loss, which stays above
     0, and its gradient. neighbours: how t and s are drawn: `Doubling` (iCT), `Growing` (CT) or `Shrinking` (ECT).
     λ = 1/(ρ_t − ρ_s) where weighted. target_ema: decay of the average that is the target; 0 is the student itself
-    behind a stop-gradient (Song & Dhariwal 2023, sec. 3.2).
+    behind a stop-gradient (Song & Dhariwal 2023, sec. 3.2), and CT's schedule μ(k) is `Growing().target_decay`.
     """
 
     neighbours: Neighbours = field(default_factory=Doubling)
     distance: Distance = field(default_factory=PseudoHuber)
     weighted: bool = True
-    target_ema: float = 0.0
+    target_ema: Decay = 0.0
     ema: float = 0.99
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
-        target = "target" if self.target_ema else "student"
+        target = "student" if self.target_ema == 0 else "target"
 
         def loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
@@ -129,7 +129,7 @@ class ConsistencyTraining:
             distance = self.distance(f_t, jax.lax.stop_gradient(f_s))
             return jnp.mean(weight * distance), {"distance": jnp.mean(distance)}
 
-        averages = {"target": ("student", self.target_ema)} if self.target_ema else {}
+        averages = {} if target == "student" else {"target": ("student", self.target_ema)}
         return Method(
             losses={"student": loss},
             init={"student": from_teacher},

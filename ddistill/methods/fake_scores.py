@@ -51,15 +51,24 @@ class Draw(Protocol):
         """Draw as many samples as the batch has."""
 
 
+def own_score(process: Process, x_t: Array, t: Array, drawn: Drawn) -> Array:
+    """E[x0 | x_t] if x0 is one of the samples drawn, of the same condition."""
+    mine = None if drawn.cond is None else drawn.cond[:, None] == drawn.cond
+    return multi_sample_denoiser(process, x_t, t, drawn.x, mine)
+
+
 @dataclass(frozen=True)
 class Auxiliary:
     """A network beside the student, trained on its samples as a diffusion model: E w(t) ‖μ_ψ(x_t, t) − x‖².
 
-    Yin et al. 2024, eq. 6. It starts at the teacher. lora: trains only an adapter of it (as VSD does).
+    Yin et al. 2024, eq. 6. It starts at the teacher. stable: the target is not x but the mean of the step's samples
+    that x_t may have come from, the same in expectation up to 1/B, and much less noisy where modes overlap (stable
+    target fields; Xu et al. 2023, eq. 6). lora: trains only an adapter of it (as VSD does).
     """
 
     times: TimeLaw = field(default_factory=lambda: KarrasRamp(0.0, 1.0))
     weighting: Weighting = field(default_factory=EDMWeight)
+    stable: bool = True
     lora: LoRA | None = None
 
     def __call__(self, process: Process, x_t: Array, t: Array, drawn: Drawn) -> Array:
@@ -77,7 +86,8 @@ class Auxiliary:
             k_t, k_noise, k_net = jax.random.split(drawn.key, 3)
             t = self.times(process, k_t, drawn.x.shape[0])
             x_t = process.diffuse(drawn.x, jax.random.normal(k_noise, drawn.x.shape), t)
-            error = (nets["fake"](x_t, t, drawn.cond, key=k_net) - drawn.x) ** 2
+            target = own_score(process, x_t, t, drawn) if self.stable else drawn.x
+            error = (nets["fake"](x_t, t, drawn.cond, key=k_net) - target) ** 2
             return jnp.mean(expand(self.weighting(process, t), x_t) * error), {}
 
         return {"fake": (start, loss)}
@@ -117,8 +127,7 @@ class MultiSample:
         """Σ w_i x_i over the samples x_i."""
         x, cond = drawn.x, drawn.cond
         if not self.queue:
-            mine = None if cond is None else cond[:, None] == cond
-            return multi_sample_denoiser(process, x_t, t, x, mine)
+            return own_score(process, x_t, t, drawn)
         old = drawn.batch["queue"]
         mine = jnp.broadcast_to(old["filled"], (len(x), self.queue))
         if cond is not None:
