@@ -186,6 +186,7 @@ def load(path: Path | str) -> dict[str, Array | LowRank]:
 class _Adapted:
     apply: Apply
     scale: float
+    transparent = True
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
         return self.apply(_merged(rest["base"], params, self.scale), rest["rest"], x, t, cond, s=s, key=key)

@@ -172,19 +172,29 @@ class DataPrecondition:
 
 @dataclass(frozen=True)
 class _Preconditioned:
-    graph: nnx.GraphDef
-    params: "_Names"
-    rest: "_Names"
+    definition: "Definition"
     process: Process
     precondition: Preconditioning
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
-        module = nnx.merge(self.graph, self.params.state(params), self.rest.state(rest))
-        c_skip, c_out, c_in, c_noise = (expand(c, x) for c in self.precondition(self.process, t))
+        out = self._raw(self.definition(params, rest), x, t, cond, s, key)
+        c_skip, c_out, _, _ = (expand(c, x) for c in self.precondition(self.process, t))
+        return c_skip * x + c_out * out.astype(x.dtype)
+
+    def outputs(self, params, rest, x, t, cond, *, s, key):
+        """What each module answers on the way, by path; of several calls the last."""
+        module = self.definition(params, rest)
+        _, captured = self._raw(
+            nnx.capture(module, nnx.Intermediate, method_outputs=nnx.Intermediate), x, t, cond, s, key
+        )
+        flat = nnx.to_flat_state(captured)
+        return {".".join(map(str, path[:-1])): v.get_value()[-1] for path, v in flat if path[-1] == "__call__"}
+
+    def _raw(self, module, x, t, cond, s, key):
+        _, _, c_in, c_noise = (expand(c, x) for c in self.precondition(self.process, t))
         s_noise = None if s is None else self.precondition(self.process, s)[3]
         rngs = None if key is None else nnx.Rngs(dropout=key)
-        out = module(c_in * x, c_noise.reshape(t.shape), cond, s_noise, rngs=rngs)
-        return c_skip * x + c_out * out.astype(x.dtype)
+        return module(c_in * x, c_noise.reshape(t.shape), cond, s_noise, rngs=rngs)
 
 
 @dataclass(frozen=True)
@@ -206,11 +216,30 @@ class _Names:
         return jax.tree.unflatten(self.structure, [named[name] for name in self.names])
 
 
+@dataclass(frozen=True)
+class Definition:
+    """The code of an NNX module, hashable by value: definition(params, rest) is the module."""
+
+    graph: nnx.GraphDef
+    params: _Names
+    rest: _Names
+
+    def __call__(self, params: dict[str, Array], rest: dict[str, Array]) -> nnx.Module:
+        """The module with these arrays."""
+        return nnx.merge(self.graph, self.params.state(params), self.rest.state(rest))
+
+
+def split(module: nnx.Module) -> tuple[dict[str, Array], dict[str, Array], Definition]:
+    """An NNX module as params, rest (both flat dictionaries by path, "blocks.0.expand.kernel") and code."""
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    (params_names, params), (rest_names, rest) = map(_Names.of, states)
+    return params, rest, Definition(graph, params_names, rest_names)
+
+
 def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning) -> Net:
     """A Net from an NNX module called as module(x, c_noise, cond, s_noise, rngs=rngs) -> F, of x's shape.
 
-    The module is split once; from here on only jax transformations are used. params are a flat dictionary by path,
-    "blocks.0.expand.kernel".
+    The module is split once (`split`); from here on only jax transformations are used.
     Raises ValueError where the network's output does not determine x0, as ε where α = 0.
     """
     ends = jnp.asarray([process.t_min, process.t_max])
@@ -221,9 +250,8 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
             f"and sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network "
             "instead (VPrecondition, DataPrecondition), or end the process before this time"
         )
-    graph, *states = nnx.split(module, nnx.Param, ...)
-    (params_names, params), (rest_names, rest) = map(_Names.of, states)
-    return Net(params, rest, _Preconditioned(graph, params_names, rest_names, process, precondition))
+    params, rest, definition = split(module)
+    return Net(params, rest, _Preconditioned(definition, process, precondition))
 
 
 @jax.tree_util.register_dataclass
@@ -338,6 +366,7 @@ class DynamicScale:
 class _Rescaled:
     apply: Apply
     law: ScaleLaw
+    transparent = True
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
         cond, w = _split_scale(cond)
@@ -385,6 +414,7 @@ def two_way(down: Net, up: Net) -> Net:
 @dataclass(frozen=True)
 class _Diagonal:
     apply: Apply
+    transparent = True
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
         del s
@@ -401,6 +431,7 @@ class _Retimed:
     apply: Apply
     source: Process
     target: Process
+    transparent = True
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
         there, scale = self._move(t)

@@ -9,9 +9,11 @@ import pytest
 
 from ddistill import grids
 from ddistill.integrators import Solution, dpmpp_2m, heun
+from ddistill.losses.adversarial import Hinge
 from ddistill.losses.distances import L2
 from ddistill.losses.times import LogNormal
 from ddistill.methods import Consistency
+from ddistill.methods.adversarial import Adversary
 from ddistill.methods.base import Progress
 from ddistill.methods.ctm import CTM, HalfKarras, flow_times
 from ddistill.net import Net, diagonal
@@ -262,24 +264,62 @@ def test_half_of_the_denoising_times_are_log_normal_and_half_on_the_noisy_ramp()
     np.testing.assert_allclose(np.quantile(place, [0, 0.5, 1]), [0, 0.35, 0.7], atol=0.01)
 
 
-def test_an_adversarial_term_sees_the_samples_and_moves_the_student():
-    def mean_of(nets, fake, batch, key):
-        return jnp.mean(fake) + 0 * jnp.sum(batch["x"])
+@dataclasses.dataclass(frozen=True)
+class MeanJudge:
+    """D(x) = w mean x."""
 
-    plain, a, b = At(distance=L2(), weighted=False, exact=False, dsm=0.0, solver=halve), 0.7, 1.5
-    hooked = dataclasses.replace(plain, adversarial=mean_of, adversarial_weight=3.0)
-    x = C * jax.random.normal(jax.random.key(0), (256, 2))
+    def see(self, rest, x, t, cond):
+        return x
 
-    def both(config):
-        return jax.value_and_grad(lambda s: evaluate(config, edm(), s, x=x), has_aux=True)(inner_outer(a, b))
+    def judge(self, params, rest, seen, t, cond, s):
+        return params["w"] * jnp.mean(seen, axis=1, keepdims=True)
 
-    ((without, _), before), ((value, metrics), after) = both(plain), both(hooked)
-    fake = float(metrics["gan"])
-    np.testing.assert_allclose(value - without, 3 * fake, rtol=1e-4)
-    # fake = b (½ + ½ a) mean x: by a it is fake · ½/(½ + ½ a), by the frozen b nothing.
-    moved = after.params["a"] - before.params["a"]
-    np.testing.assert_allclose(moved, 3 * fake * 0.5 / (0.5 + 0.5 * a), rtol=1e-3)
-    assert after.params["b"] == 0
+    def __call__(self, params, rest, x, t, cond, *, s=None, key=None):
+        return self.judge(params, rest, x, t, cond, s)
+
+
+JUDGE = Net({"w": jnp.asarray(0.01)}, {}, MeanJudge())
+PLAIN = At(distance=L2(), weighted=False, exact=False, dsm=0.3, solver=halve, last_layer="a")
+JUDGED = dataclasses.replace(PLAIN, adversary=Adversary(loss=Hinge(), noise=None, r1=0.0), adversary_weight=0.5)
+
+
+def test_an_adversary_is_heard_from_its_share_of_the_steps_on():
+    x = 0.2 + C * jax.random.normal(jax.random.key(0), (256, 2))
+
+    def both(config, step):
+        loss = config(edm()).losses["student"]
+
+        def of(student):
+            nets = {"teacher": gaussian_teacher(edm()), "student": student, "discriminator": JUDGE}
+            return loss(nets, {"x": x}, Progress(step, 100), jax.random.key(1))
+
+        (value, metrics), gradient = jax.value_and_grad(of, has_aux=True)(inner_outer(a, b))
+        return value, metrics, gradient.params
+
+    a, b = 0.7, 1.5
+    (without, metrics, before), silent, (value, judged, after) = both(PLAIN, 0), both(JUDGED, 49), both(JUDGED, 50)
+    assert silent[0] == without and silent[2]["a"] == before["a"] and silent[1]["gan_weight"] == 0
+    # L_GAN = −.01 mean x̂ with x̂ = b (½ + ½ a) x_t, so that its gradient by a is L_GAN · ½/(½ + ½ a); L_CTM see above.
+    d_ctm = metrics["ctm"] / ((0.5 + 0.5 * a) - (2 / 3 + a / 3) / 2)
+    d_gan = judged["gan"] * 0.5 / (0.5 + 0.5 * a)
+    weight = 0.5 * np.clip(abs(d_ctm) / (abs(d_gan) + 1e-4), 0.01, 10)
+    np.testing.assert_allclose(judged["gan_weight"], weight, rtol=1e-4)
+    np.testing.assert_allclose(value - without, weight * judged["gan"], rtol=1e-3)
+    np.testing.assert_allclose(after["a"] - before["a"], weight * d_gan, rtol=1e-2)  # a difference of larger numbers
+    assert after["b"] == before["b"]  # by the samples' outer map nothing
+
+
+def test_the_discriminator_of_ctm_compares_the_estimates_with_the_data():
+    method, x = JUDGED(edm()), 0.2 + C * jax.random.normal(jax.random.key(0), (256, 2))
+    a, b, key = 0.7, 1.5, jax.random.key(1)
+    nets = {"teacher": gaussian_teacher(edm()), "student": inner_outer(a, b), "discriminator": JUDGE}
+    loss, metrics = method.losses["discriminator"](nets, {"x": x}, Progress(0), key)
+    mean = float(jnp.mean(x))
+    fake = -float(method.losses["student"](nets, {"x": x}, Progress(0), key)[1]["gan"])  # the same samples
+    np.testing.assert_allclose(metrics["real"], 0.01 * mean, rtol=1e-4)
+    np.testing.assert_allclose(metrics["fake"], fake, rtol=1e-4)
+    np.testing.assert_allclose(loss, 2 - 0.01 * mean + fake, rtol=1e-5)
+    assert set(method.losses) == {"student", "discriminator"} and set(PLAIN(edm()).losses) == {"student"}
 
 
 def test_the_diagonal_is_a_teacher_for_every_integrator():

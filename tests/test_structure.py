@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ddistill"
 LINE = (
     {"process", "version", "sharding", "checkpoint", "log", "overrides"},
     {"grids", "net", "losses"},
-    {"mixture", "integrators", "networks", "lora"},
+    {"features", "mixture", "integrators", "networks", "lora"},
     {"sample", "methods", "data"},
     {"train", "config"},
     {"stages", "quickstart"},

@@ -1,6 +1,6 @@
 """Consistency trajectory models: jumps between any two times of the teacher's trajectories (Kim et al. 2024)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -12,12 +12,10 @@ from ddistill.integrators import dpmpp_3s
 from ddistill.losses.distances import Distance, PseudoHuber
 from ddistill.losses.times import LogNormal, TimeLaw, bounded_rho, karras_time
 from ddistill.losses.weightings import EDMWeight, Weighting
-from ddistill.methods.base import Batch, Method, Sampling, from_teacher
-from ddistill.net import Net, frozen
+from ddistill.methods.adversarial import Adversary, balance
+from ddistill.methods.base import Init, Loss, Method, Sampling, from_teacher
+from ddistill.net import frozen
 from ddistill.process import Process, expand
-
-Adversarial = Callable[[Mapping[str, Net], Array, Batch, Array], Array]
-"""(nets, fake x0 [B, ...], batch, key) -> scalar: what a discriminator has against the student's samples."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class CTM:
 
     L_CTM = E w(t) d(G_θ⁻(G_θ(x_t, t, s), s, 0), G_θ⁻(G_θ⁻(Solver_φ(x_t, t → u), u, s), s, 0))  (eq. 7, 8)
     L_DSM = E w'(t) ‖x̂ − g_θ(x_t, t, t)‖²                                                    (eq. 10)
+    L_GAN: an adversary's, the left side's samples being the fakes                           (eq. 11)
 
     Both sides are carried to the data by the frozen outer map, whose parameters θ⁻ are stopped and through whose input
     the gradient flows.
@@ -52,7 +51,8 @@ class CTM:
     deterministic integrator, with solver_steps from t to u. weighted: w = 1/ρ_t, as errors of a jump grow with the
     noise it removes; 1 in the paper. target_ema: θ⁻ is the student itself (0) or its average. dsm: λ; None is the
     paper's adaptive one by the parameters of path `last_layer` (`balance`). exact: x̂ is the teacher's denoiser instead
-    of x0: the same optimum, less noise. adversarial: a term of weight adversarial_weight on the left side's samples.
+    of x0: the same optimum, less noise. adversary: trained from the first step on, heard by the student after the share
+    adversary_from of the steps, with λ' = adversary_weight times the adaptive weight, which stays within [.01, 10].
     Few long gaps with an accurate solver hand down less error than many short ones.
     """
 
@@ -70,8 +70,9 @@ class CTM:
     dsm_weighting: Weighting = field(default_factory=EDMWeight)
     exact: bool = True
     last_layer: str = "outward.kernel"
-    adversarial: Adversarial | None = None
-    adversarial_weight: float = 1.0
+    adversary: Adversary | None = None
+    adversary_weight: float = 1.0
+    adversary_from: float = 0.5
     ema: float = 0.99
     rho: float = 7.0
 
@@ -82,24 +83,33 @@ class CTM:
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
-        target = "target" if self.target_ema else "student"
+        target, adversary = "target" if self.target_ema else "student", self.adversary
 
-        def loss(nets, batch, progress, key):
+        def estimates(nets, batch, key):
+            """x_t, the solver's nodes and s; and the left side's samples as a function of the student."""
             x0, cond = batch["x"], batch.get("cond")
             k_times, k_noise, k_net, k_dsm, k_gan = jax.random.split(key, 5)
             outer = frozen(nets[target])
             nodes, s = self.times(process, k_times, x0.shape[0])
-            t, u, zero = nodes[0], nodes[-1], jnp.zeros_like(s)
-            x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), t)
+            x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), nodes[0])
+
+            def estimate(student):
+                x_s = student.jump(process, x_t, nodes[0], s, cond, key=k_net)
+                return outer.jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
+
+            return x_t, nodes, s, estimate, (k_net, k_dsm, k_gan)
+
+        def loss(nets, batch, progress, key):
+            x0, cond = batch["x"], batch.get("cond")
+            x_t, nodes, s, estimate, (k_net, k_dsm, k_gan) = estimates(nets, batch, key)
+            outer, t, u = frozen(nets[target]), nodes[0], nodes[-1]
             x_u = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
             goal = outer.jump(process, x_u, u, s, cond, key=k_net)
-            goal = jax.lax.stop_gradient(outer.jump(process, goal, s, zero, cond, key=k_net))
+            goal = jax.lax.stop_gradient(outer.jump(process, goal, s, jnp.zeros_like(s), cond, key=k_net))
             weight = 1 / bounded_rho(process, t) if self.weighted else 1.0
 
             def ctm(student):
-                x_s = student.jump(process, x_t, t, s, cond, key=k_net)
-                estimate = outer.jump(process, x_s, s, zero, cond, key=k_net)
-                return jnp.mean(weight * self.distance(estimate, goal)), estimate
+                return jnp.mean(weight * self.distance(estimate(student), goal))
 
             def dsm(student):
                 k_t, k_noise, k_net = jax.random.split(k_dsm, 3)
@@ -110,18 +120,36 @@ class CTM:
                 return jnp.mean(expand(self.dsm_weighting(process, t), x) * error)
 
             student = nets["student"]
-            (l_ctm, estimate), l_dsm = ctm(student), dsm(student)
-            share = self.balance(lambda net: ctm(net)[0], dsm, student) if self.dsm is None else jnp.asarray(self.dsm)
+            l_ctm, l_dsm = ctm(student), dsm(student)
+            share = jnp.asarray(self.dsm) if self.dsm is not None else balance(ctm, dsm, student, self.last_layer)
             total, metrics = l_ctm + share * l_dsm, {"ctm": l_ctm, "dsm": l_dsm, "dsm_weight": share}
-            if self.adversarial is not None:
-                metrics["gan"] = self.adversarial(nets, estimate, batch, k_gan)
-                total = total + self.adversarial_weight * metrics["gan"]
+            if adversary is not None:
+
+                def gan(student):
+                    return adversary.generator(process, nets, estimate(student), cond, k_gan)
+
+                adaptive = jnp.clip(balance(ctm, gan, student, self.last_layer), 0.01, 10.0)
+                heard = jnp.where(progress.share < self.adversary_from, 0.0, self.adversary_weight * adaptive)
+                metrics |= {"gan": gan(student), "gan_weight": heard}
+                total = total + heard * metrics["gan"]
             return total, metrics
+
+        losses: dict[str, Loss] = {"student": loss}
+        init: dict[str, Init] = {"student": from_teacher}
+        if adversary is not None:
+
+            def discriminator(nets, batch, progress, key):
+                *_, estimate, (_, _, k_gan) = estimates(nets, batch, key)
+                fake = estimate(nets["student"])
+                return adversary.discriminator(process, nets, batch["x"], fake, batch.get("cond"), k_gan)
+
+            losses["discriminator"], init["discriminator"] = discriminator, adversary.start(process)
 
         averages = {"target": ("student", self.target_ema)} if self.target_ema else {}
         return Method(
-            losses={"student": loss},
-            init={"student": from_teacher},
+            losses=losses,
+            init=init,
+            rate={} if adversary is None else {"discriminator": adversary.rate},
             ema={"ema": ("student", self.ema), **averages},
             needs=frozenset({"x"}),
             result="ema",
@@ -148,19 +176,6 @@ class CTM:
     def node(self, process: Process, i: Array) -> Array:
         """Karras' node i (Karras et al. 2022, eq. 5): t_max at 0, t_min at intervals − 1, and 0 beyond."""
         return jnp.where(i > self.intervals - 1, 0.0, karras_time(process, i / (self.intervals - 1), self.rho))
-
-    def balance(self, ctm: Callable[[Net], Array], dsm: Callable[[Net], Array], student: Net) -> Array:
-        """λ = ‖∇ L_CTM‖/(‖∇ L_DSM‖ + 1e-4) by the parameters `last_layer`, behind a stop-gradient (eq. 12)."""
-        if self.last_layer not in student.params:
-            raise ValueError(f"no parameters {self.last_layer!r} in the student, which has {sorted(student.params)}")
-
-        def norm(loss):
-            def of(kernel):
-                return loss(student.replace(params={**student.params, self.last_layer: kernel}))
-
-            return jnp.linalg.norm(jax.grad(of)(student.params[self.last_layer]))
-
-        return jax.lax.stop_gradient(norm(ctm) / (norm(dsm) + 1e-4))
 
 
 def flow_times(process: Process, steps: int) -> Array:
