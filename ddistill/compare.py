@@ -17,6 +17,7 @@ from ddistill.integrators import dpmpp_2m, heun
 from ddistill.methods.base import rounds
 from ddistill.net import Net
 from ddistill.overrides import describe, differences
+from ddistill.report import Point
 from ddistill.runs import student_stages, teacher_stage
 from ddistill.stages import run
 
@@ -88,30 +89,57 @@ def _differ(a: Experiment, b: Experiment, name: str) -> list[str]:
     return differences(describe(getattr(a, name)), describe(getattr(b, name)), name)
 
 
-def markdown(rows: Sequence[Row], experiments: Sequence[Experiment], command: str) -> str:
-    """The table as a page, with the command that made it."""
-    head = ("sampler", "network calls", "accuracy", "Fréchet", "to held-out", "precision", "recall", "training")
+def front(rows: Sequence[Row]) -> tuple[dict[str, list[Point]], dict[str, Point]]:
+    """Precision and recall as a picture's lines, of the students over their steps, and what to read them against.
+
+    That is the teacher with most network calls and the held-out scans: with few calls it would set the scale.
+    """
+
+    def point(row: Row) -> Point:
+        return Point(row["precision"], row["recall"], "" if row["nfe"] is None else str(row["nfe"]))
+
+    students = [row for row in rows if row["train_s"] is not None]
+    others = [row for row in rows if row["train_s"] is None]
+    lines: dict[str, list[Point]] = {}
+    for row in students:
+        lines.setdefault(row["sampler"], []).append(point(row))
+    marks = [row for row in others if row["nfe"] is None]
+    marks += sorted((row for row in others if row["nfe"] is not None), key=lambda row: -row["nfe"])[:1]
+    return lines, {row["sampler"]: point(row) for row in marks}
+
+
+_COLUMNS = (
+    ("accuracy", "accuracy", ".3f"), ("Fréchet", "frechet", ".2f"), ("to held-out", "frechet_held_out", ".2f"),
+    ("precision", "precision", ".3f"), ("recall", "recall", ".3f"), ("density", "density", ".2f"),
+    ("coverage", "coverage", ".3f"), ("diversity", "diversity", ".3f"), ("training", "train_s", ".0f"),
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Row], experiments: Sequence[Experiment], command: str, picture: str | None = None) -> str:
+    """The table as a page, with the command that made it; picture: the file beside it that shows `front`."""
+    shown = [] if picture is None else [f"![Precision and recall over steps, a line for each method]({picture})", ""]
+    head = ("sampler", "network calls", *(title for title, _, _ in _COLUMNS))
     lines = [
         "# Digits: every method from one teacher",
         "",
         f"Made by `{command}` on {jax.device_count()} {jax.devices()[0].platform.upper()} device(s). Class-conditional "
-        f"MLP teacher, seed {experiments[0].seed}; columns as in the README: Fréchet distance, precision and recall "
-        "against the training scans, and the Fréchet distance to the held-out scans; training: wall seconds.",
+        f"MLP teacher, seed {experiments[0].seed}; columns as in the README: Fréchet distance, precision, recall, "
+        "density and coverage against the training scans, and the Fréchet distance to the held-out scans; diversity: "
+        "mean distance between samples of one digit, over the training scans'; training: wall seconds.",
         "",
+        *shown,
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
     for row in rows:
         cells = [row["sampler"], "–" if row["nfe"] is None else str(row["nfe"])]
-        for name, form in (("accuracy", ".3f"), ("frechet", ".2f"), ("frechet_held_out", ".2f")):
-            cells.append(_cell(row[name], form))
-        cells += [_cell(row["precision"], ".3f"), _cell(row["recall"], ".3f"), _cell(row["train_s"], ".0f")]
+        cells += [_cell(row[name], form) for _, name, form in _COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| experiment | method | rounds | steps |", "|---|---|---|---|"]
     for e in experiments:
         parts = rounds(e.method(e.process))
-        shown = ", ".join(part.name for part in parts) if len(parts) > 1 else "one"
-        lines.append(f"| {e.name} | {type(e.method).__name__} | {shown} | {e.steps} |")
+        names = ", ".join(part.name for part in parts) if len(parts) > 1 else "one"
+        lines.append(f"| {e.name} | {type(e.method).__name__} | {names} | {e.steps} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import json
 
 import pytest
+from PIL import Image
 
 from ddistill import quickstart
 from ddistill.cli import main
-from ddistill.compare import compare, markdown
+from ddistill.compare import compare, front, markdown
 from ddistill.config import MLPNetwork
 from ddistill.methods import KD, Consistency
 
@@ -33,6 +34,11 @@ def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains
     assert all((row["train_s"] is not None) == (row["sampler"] in ("consistency", "kd")) for row in rows)
     page = markdown(rows, [TINY, ONE_STEP], "the command")
     assert "`the command`" in page and page.count("| kd |") == 2 and page.count("| consistency | ") == 3
+    assert "| density | coverage | diversity |" in page and "![" not in page
+    lines, references = front(rows)
+    shown = [(name, p.quality, p.diversity, p.label) for name, line in lines.items() for p in line]
+    assert shown == [(r["sampler"], r["precision"], r["recall"], str(r["nfe"])) for r in rows[-3:]]
+    assert {name: p.label for name, p in references.items()} == {"held-out scans (floor)": "", "teacher, Heun": "35"}
     again = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path))
     same = ("frechet", "recall", "accuracy")
     assert [[r[k] for k in same] for r in again] == [[r[k] for k in same] for r in rows]
@@ -54,6 +60,8 @@ def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "load_experiment", lambda path: TINY)
     monkeypatch.chdir(tmp_path)
     assert main(["compare", str(file), "--out", "page.md", "--steps", "1"]) == 0
-    assert "consistency" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "consistency" in page and "(page.png)" in page
+    assert Image.open(tmp_path / "page.png").size[0] > 1000
     assert json.loads((tmp_path / "page.json").read_text())["rows"][-1]["sampler"] == "consistency"
     assert main(["compare", "--out", "page.md"]) == 2

@@ -70,6 +70,8 @@ class Evaluate:
     """The run's folder."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Numbers of sampling steps, of the student and of the teacher beside it."""
+    likelihood: bool = False
+    """Add the negative log-likelihood of samples under the teacher, in bits per pixel; about a minute more."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the table there as well."""
 
@@ -107,7 +109,7 @@ class Compare:
     experiments: Annotated[Positional[tuple[Path, ...]], arg(metavar="EXPERIMENT.py")]
     """Experiment files that agree in all that makes their teacher."""
     out: Annotated[Path, arg(metavar="FILE.md")] = Path("digits.md")
-    """The page to write; the rows go beside it as .json."""
+    """The page to write; beside it go the rows as .json and a picture of precision against recall as .png."""
     workdir: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare")
     """The folder for checkpoints; started again in the same one, it resumes."""
     steps: tuple[int, ...] = (1, 2, 4)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -28,7 +29,7 @@ from ddistill.integrators import dpmpp_2m
 from ddistill.methods import METHODS
 from ddistill.methods.base import home, rounds
 from ddistill.process import Process
-from ddistill.report import image_grid, save_loss_plot, save_sample_sheet
+from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
 
 Row = dict[str, Any]
@@ -177,13 +178,13 @@ def evaluate(command: Evaluate) -> None:
     """Judge a run on digits."""
     opened = open_run(command.run)
     digits = _digits(opened)
-    _judge(digits, opened, _samplers(opened, command.steps), command.json)
+    _judge(digits, opened, _samplers(opened, command.steps), command.json, command.likelihood)
 
 
 def compare(command: Compare) -> None:
     """Compare experiments on digits."""
     from ddistill.compare import compare as compared
-    from ddistill.compare import markdown
+    from ddistill.compare import front, markdown
 
     if not command.experiments:
         raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
@@ -191,7 +192,10 @@ def compare(command: Compare) -> None:
     rows = list(compared(experiments, command.steps, workdir=command.workdir, say=_say))
     files = " ".join(str(path) for path in command.experiments)
     _write_json(command.out.with_suffix(".json"), {"rows": rows})
-    page = markdown(rows, experiments, f"ddistill compare {files} --out {command.out}")
+    picture = command.out.with_suffix(".png")
+    lines, references = front(rows)
+    trade_off(picture, lines, references=references, title="Digits: students of one teacher, over network calls")
+    page = markdown(rows, experiments, f"ddistill compare {files} --out {command.out}", picture.name)
     command.out.write_text(page, encoding="utf-8")
     _say(f"Wrote {command.out}")
 
@@ -318,18 +322,41 @@ def _digits(opened: Opened) -> Digits:
     return load_digits(data.seed)
 
 
-def _judge(digits: Digits, opened: Opened, plan: Sequence[judged.Sampler], file: Path | None) -> None:
+_TABLE = {
+    "sampler": ("sampler", None),
+    "nfe": ("NFE", "d"),
+    "accuracy": ("accuracy", ".3f"),
+    "frechet": ("Fréchet", ".2f"),
+    "frechet_held_out": ("to held-out", ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".2f"),
+    "coverage": ("coverage", ".3f"),
+    "diversity": ("diversity", ".3f"),
+    "nll": ("bits/pixel", ".3f"),
+    "ms_per_image": ("ms/image", ".3f"),
+}
+
+
+def _judge(
+    digits: Digits, opened: Opened, plan: Sequence[judged.Sampler], file: Path | None, likelihood: bool = False
+) -> None:
     rows: list[Row] = []
-    names = ("sampler", "NFE", "accuracy", "Fréchet", "to held-out", "precision", "recall", "ms/image")
+    shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}
     caption = (
-        "from the same noise and labels; Fréchet, precision, recall against the training scans; Fréchet to held-out"
+        "from the same noise and labels; Fréchet, precision, recall, density, coverage against the training scans; "
+        "Fréchet to held-out; diversity within each digit over the scans'"
     )
-    table = Table(*names, caption=caption)
+    if likelihood:
+        caption += "; bits/pixel under the teacher, to be read beside those of its own samples and the held-out scans"
+    table = Table(
+        *(title for title, _ in shown.values()), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )  # narrow: twelve columns on one screen
+    teacher = opened.teacher if likelihood else None
     with Live(table, console=_console(), refresh_per_second=2):
-        for row in judged.evaluate(digits, opened.experiment.process, plan):
+        for row in judged.evaluate(digits, opened.experiment.process, plan, likelihood=teacher):
             rows.append(row)
-            digits_of = (None, "d", ".3f", ".2f", ".2f", ".3f", ".3f", ".3f")
-            table.add_row(*(_cell(v, f) for v, f in zip(row.values(), digits_of, strict=True)))
+            table.add_row(*(_cell(row[name], form) for name, (_, form) in shown.items()))
     if file is not None:
         _write_json(file, {"rows": rows})
 

@@ -1,8 +1,9 @@
 """How good samples of digits are, against scans that were held out: the table of the quickstart.
 
 Every sampler starts from the same noise with the same labels, all ten digits equally often. Fréchet distance (of
-pixels, over the scans' variance), precision and recall compare with the training scans, as the floor does: the held-out
-scans in place of samples. Accuracy asks a support vector machine, fitted to the training scans, for the label.
+pixels, over the scans' variance), precision, recall, density, coverage and diversity compare with the training scans,
+as the floor does: the held-out scans in place of samples. Accuracy asks a support vector machine, fitted to the
+training scans, for the label.
 """
 
 import time
@@ -17,6 +18,8 @@ from jax import Array
 
 from ddistill import grids
 from ddistill.data.digits import Digits
+from ddistill.evaluate.diversity import condition_diversity, density_coverage
+from ddistill.evaluate.likelihood import bits_per_dimension
 from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet, precision_recall
 from ddistill.integrators import Solution, euler, heun
 from ddistill.methods.base import Made, home, sampling_of
@@ -78,18 +81,34 @@ def samplers(
 
 
 def evaluate(
-    digits: Digits, process: Process, plan: Sequence[Sampler], count: int = 2000, seed: int = 0
+    digits: Digits,
+    process: Process,
+    plan: Sequence[Sampler],
+    count: int = 2000,
+    seed: int = 0,
+    *,
+    likelihood: Net | None = None,
 ) -> Iterator[Row]:
-    """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, ms_per_image.
+    """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, density, … ms_per_image.
 
     frechet_held_out is the distance to the held-out scans, which no network saw; the training scans themselves are at
     the floor's distance from them. A sampler far below the floor in `frechet` and not in this has learned its scans.
-    count: images per sampler. Times are those of a second call, without compilation.
+    diversity is the mean distance between samples of one digit, over that of the training scans. nll: bits per pixel
+    under the teacher given as `likelihood`, of the first 256 samples; None without. count: images per sampler, two for
+    each digit at least. Times are those of a second call, without compilation.
     """
     classify = fit_digit_classifier(digits.train_x, digits.train_labels)
+    varied = condition_diversity(digits.train_x, digits.train_labels)
+    own = jax.random.fold_in(jax.random.key(seed), 20262)  # far from the key of the noise that samples start from
+
+    def nll(x, labels) -> float | None:
+        if likelihood is None:
+            return None
+        return bits_per_dimension(likelihood, process, x[:256], labels[:256], key=own)
 
     def row(name: str, nfe: int | None, x, labels, ms: float | None) -> Row:
         precision, recall = precision_recall(digits.train_x, x)
+        density, coverage = density_coverage(digits.train_x, x)
         return {
             "sampler": name,
             "nfe": nfe,
@@ -98,6 +117,10 @@ def evaluate(
             "frechet_held_out": None if nfe is None else frechet(x, digits.held_out_x) / digits.variance,
             "precision": precision,
             "recall": recall,
+            "density": density,
+            "coverage": coverage,
+            "diversity": condition_diversity(x, labels) / varied,
+            "nll": nll(x, labels),
             "ms_per_image": ms,
         }
 
