@@ -205,7 +205,6 @@ def test_each_learns_from_its_own_loss_alone(teacher):
         mine = config.discriminator(P, nets, X, fake, LABELS, key)[0]
         return config.generator(P, nets, fake, LABELS, key), mine
 
-    by_params, by_fake = jax.jit(jax.jacrev(losses, argnums=(0, 1)))(judge.params, X + 1)[0], None
     by_params, by_fake = zip(*jax.jit(jax.jacrev(losses, argnums=(0, 1)))(judge.params, X + 1), strict=True)
     assert optax.tree.norm(by_params[0]) == 0 and optax.tree.norm(by_params[1]) > 0
     assert optax.tree.norm(by_fake[0]) > 0 and optax.tree.norm(by_fake[1]) == 0
@@ -246,6 +245,17 @@ def test_no_label_is_one_condition_and_vectors_are_another(teacher):
         PlainDiscriminator(6, 16, 1, rngs=nnx.Rngs(0))(X, jnp.zeros(6), LABELS)
     with pytest.raises(ValueError, match="made for the shape of a sample"):
         Plain()(P, teacher, jax.random.key(0), Space())
+
+
+def test_samples_of_each_time_can_be_judged_apart(teacher):
+    judge, origin = made(Plain(16, 1), teacher), jnp.asarray([80.0, 80, 80, 0.2, 0.2, 0.2])
+    config = Adversary(noise=None, r1=0.0, loss=Hinge())
+    nets, key = {"discriminator": judge}, jax.random.key(0)
+    told = judge(X, P.t_min, LABELS, s=origin)
+    assert np.abs(told - judge(X, P.t_min, LABELS)).min() > 1e-4
+    np.testing.assert_allclose(config.generator(P, nets, X, LABELS, key, origin), -jnp.mean(told), rtol=1e-5)
+    metrics = config.discriminator(P, nets, X, X, LABELS, key, origin)[1]
+    np.testing.assert_allclose([metrics["real"], metrics["fake"]], jnp.mean(told), rtol=1e-4)
 
 
 def test_features_are_the_blocks_computed_by_hand(module, teacher):

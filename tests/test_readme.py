@@ -115,9 +115,7 @@ def test_the_table_of_methods_is_that_of_the_package():
     for name, (paper, file) in done.items():
         assert METHODS[name].file in file
         assert METHODS[name].paper.split("arXiv:")[1] in paper
-    planned = {name: file for name, _, _, file, status in rows if status == "planned"}
-    assert len(done) + len(planned) == len(rows) and len(planned) == 3
-    assert set(planned.values()) == {"–"}
+    assert len(done) == len(rows)
 
 
 def test_linked_and_listed_files_exist():

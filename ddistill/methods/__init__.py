@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ddistill.methods.add import ADD
+from ddistill.methods.adversarial import Adversary
 from ddistill.methods.base import Made, Method, Round
 from ddistill.methods.consistency import Consistency
 from ddistill.methods.consistency_training import ConsistencyTraining
-from ddistill.methods.ctm import CTM
+from ddistill.methods.ctm import CTM, ctm_with_adversary
 from ddistill.methods.denoising import Denoising
 from ddistill.methods.dmd import DMD, dmd_multi_sample, dmd_with_regression
 from ddistill.methods.fake_scores import Auxiliary, Delta, MultiSample
+from ddistill.methods.gan import GAN
 from ddistill.methods.guidance import GuidanceDistillation
 from ddistill.methods.invertible import Invertible
 from ddistill.methods.kd import KD
@@ -74,17 +77,25 @@ METHODS = {
         dmd_multi_sample, "Distribution matching by the samples' own score", "Xu et al. 2023, arXiv:2302.00670", (1,)
     ),
     "sds": Entry(SDS, "Score distillation", "Poole et al. 2023, arXiv:2209.14988", (1,)),
+    "add": Entry(ADD, "Adversarial diffusion distillation", "Sauer et al. 2023, arXiv:2311.17042", (1, 2, 4)),
+    "ctm_gan": Entry(
+        ctm_with_adversary, "Consistency trajectories with an adversary", "Kim et al. 2024, arXiv:2310.02279",
+        (1, 2, 4, 8, 16),
+    ),
     "lora": Entry(Adapted, "Consistency with low-rank students", "Luo et al. 2023, arXiv:2311.05556"),
 }  # fmt: skip
 """Methods that make a student, by their name on the command line."""
 
 __all__ = [
+    "ADD",
     "CTM",
     "DMD",
+    "GAN",
     "KD",
     "METHODS",
     "SDS",
     "Adapted",
+    "Adversary",
     "Auxiliary",
     "Consistency",
     "ConsistencyTraining",

@@ -49,12 +49,12 @@ class ADD:
     """
 
     adversary: Adversary = field(default_factory=Adversary)
-    distill: float = 0.2
+    distill: float = 0.1
     weighting: Weighting = field(default_factory=Exponential)
     times: TimeLaw = field(default_factory=KarrasRamp)
     steps: int = 4
-    first: float = 0.7
-    rate: float = 1.0
+    first: float = 0.5
+    rate: float = 0.3
     every: int = 1
     ema: float = 0.99
 

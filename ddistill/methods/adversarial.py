@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.losses.adversarial import GANLoss, Logistic
-from ddistill.losses.times import KarrasRamp, TimeLaw
+from ddistill.losses.times import LogNormal, TimeLaw
 from ddistill.methods.base import Init, Metrics
 from ddistill.methods.discriminators import Discriminator, Plain
 from ddistill.net import Net, frozen
@@ -31,9 +31,9 @@ class Adversary:
 
     network: Discriminator = field(default_factory=Plain)
     loss: GANLoss = field(default_factory=Logistic)
-    noise: TimeLaw | None = field(default_factory=lambda: KarrasRamp(0.3, 1.0))
-    r1: float = 0.1
-    r2: float = 0.0
+    noise: TimeLaw | None = field(default_factory=lambda: LogNormal(-1.2, 1.6))
+    r1: float = 0.02
+    r2: float = 0.02
     rate: float = 1.0
 
     def start(self, process: Process) -> Init:
@@ -45,8 +45,8 @@ class Adversary:
     ) -> Array:
         """What the discriminator has against samples fake [B, ...]; differentiated by them alone.
 
-        origin: times [B] that the samples were drawn from. With it those of each time are matched with the data, and not
-        only all together.
+        origin: times [B] that the samples were drawn from: those of each time are matched with the data, and not only
+        all together.
         """
         x_t, t = self._noised(process, fake, key)
         return self.loss.generator(frozen(nets["discriminator"])(x_t, t, cond, s=origin))

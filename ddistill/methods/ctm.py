@@ -178,6 +178,11 @@ class CTM:
         return jnp.where(i > self.intervals - 1, 0.0, karras_time(process, i / (self.intervals - 1), self.rho))
 
 
+def ctm_with_adversary() -> CTM:
+    """`CTM` with its adversarial term (Kim et al. 2024, eq. 13)."""
+    return CTM(adversary=Adversary())
+
+
 def flow_times(process: Process, steps: int) -> Array:
     """Times [steps + 1] of the deterministic sampler: Karras' nodes from t_max to t_min, then 0 in place of t_min."""
     return jnp.asarray(grids.karras(process, steps, final=None)).at[-1].set(0.0)

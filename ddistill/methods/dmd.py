@@ -28,7 +28,7 @@ class DMD:
 
     fake: where s_fake comes from. times: the law of t, [.02, .98] of the ramp in the paper: low noise shapes the modes,
     high noise weighs them. weight: w_t α_t (α_t/σ_t)², of μ_fake − μ_real; the paper's normaliser by default. Guidance
-    is the teacher's alone. every: the student is updated in one step of so many, and the fake score in each (DMD2).
+    is the teacher's alone. every: the student is updated in one step of so many; the fake score, in each
     rate, fake_rate: their learning rates. steps: with more than one the student learns to jump from its own samples,
     renoised to `renoising_times` as when it is sampled (backward simulation; Yin et al. 2024b, sec. 4.4).
     """
@@ -36,7 +36,7 @@ class DMD:
     fake: Fake = field(default_factory=Auxiliary)
     times: TimeLaw = field(default_factory=KarrasRamp)
     weight: DirectionWeight = field(default_factory=Normalised)
-    every: int = 5
+    every: int = 2
     rate: float = 1.0
     fake_rate: float = 1.0
     steps: int = 1

@@ -1,5 +1,6 @@
 """What can stand for the score of a generator's samples: a network, a point mass, or the samples themselves."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -155,3 +156,29 @@ class MultiSample:
             return {name: jnp.concatenate([new[name], value])[: self.queue] for name, value in old.items()}
 
         return {"queue": Memory(init, update)}
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """`above` where the noise-to-signal ratio is above `at`, `below` elsewhere; at is in units of the data.
+
+    Samples tell their own score where the noise is broader than the distance of neighbours; a network, which may be
+    small, is left with the rest (give it times up to there alone).
+    """
+
+    at: float
+    above: Fake = field(default_factory=MultiSample)
+    below: Fake = field(default_factory=Auxiliary)
+
+    def __call__(self, process: Process, x_t: Array, t: Array, drawn: Drawn) -> Array:
+        """One of the two, by t."""
+        high = expand(process.half_log_snr(t) < -math.log(self.at), x_t)
+        return jnp.where(high, self.above(process, x_t, t, drawn), self.below(process, x_t, t, drawn))
+
+    def networks(self, process: Process, draw: Draw) -> dict[str, tuple[Init, Loss]]:
+        """Those of both."""
+        return self.above.networks(process, draw) | self.below.networks(process, draw)
+
+    def memory(self, draw: Draw) -> dict[str, Memory]:
+        """What both keep."""
+        return self.above.memory(draw) | self.below.memory(draw)

@@ -1,4 +1,4 @@
-"""Discriminators: networks called as module(seen, c_noise, cond, s_noise) that answer logits [B, n], high for real samples."""
+"""Discriminators: modules called as module(seen, c_noise, cond, s_noise), answering logits [B, n], high if real."""
 
 import math
 from collections.abc import Sequence
