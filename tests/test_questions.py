@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "questions"
-SCRIPTS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
+SHARED = {"common", "drawing", "particle", "prompts"}
+SCRIPTS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
 
 
 @pytest.fixture(scope="module")

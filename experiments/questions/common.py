@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +20,7 @@ from ddistill.evaluate.mixture import SCALE, Judge, judge
 from ddistill.integrators.exact import flow_map
 from ddistill.losses.times import LogNormal
 from ddistill.methods import Denoising
-from ddistill.methods.base import Method, Pairs, Round, rounds, split_steps
+from ddistill.methods.base import UNKNOWN, Method, Pairs, Round, Space, rounds, split_steps
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx, retime
 from ddistill.networks.mlp import MLP
@@ -110,7 +112,7 @@ class Training:
     """Trains a method on batches(key, store), in one compiled loop that all seeds share.
 
     every: `probe(net, step)` is called before the first step and after each `every` of them, with the network that is
-    being trained, not its average.
+    being trained, not its average. space: what samples look like, for methods with a memory of them.
     """
 
     method: Method
@@ -119,6 +121,7 @@ class Training:
     learning_rate: float = 2e-3
     every: int = 0
     number: int = 0
+    space: Space = UNKNOWN
     _compiled: Any = field(default=None, init=False)
 
     def __call__(
@@ -132,12 +135,12 @@ class Training:
         """The method's result after training from `start` (which init starts from) against `teacher`."""
         k_start, k_batches = jax.random.split(key)
         if self._compiled is None:
-            trainer = make_trainer(self.method, {name: self._optimizer() for name in self.method.losses})
+            trainer = make_trainer(self.method, {name: self._optimizer(name) for name in self.method.losses})
             self._compiled = trainer, jax.jit(functools.partial(self._chunk, trainer))
         trainer, loop = self._compiled
-        nets, state = prepare(trainer, start, teacher, k_start)
+        nets, state = prepare(trainer, start, teacher, k_start, self.space)
         chunk = self.every or self.steps
-        name = min(self.method.losses)
+        name = self.method.ema.get(self.method.result, (self.method.result,))[0]
         for step in range(0, self.steps, chunk):
             if probe is not None:
                 probe(nets[name].replace(params=state.params[name]), step)
@@ -147,16 +150,23 @@ class Training:
             probe(nets[name].replace(params=state.params[name]), self.steps)
         return result(trainer, state, nets)
 
-    def _optimizer(self) -> optax.GradientTransformation:
-        warmup = min(50, self.steps // 4)
-        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, self.steps))
+    def _optimizer(self, name: str) -> optax.GradientTransformation:
+        updates = -(-self.steps // self.method.every.get(name, 1))
+        warmup = min(50, updates // 4)
+        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, updates))
 
     def _chunk(self, trainer, state, nets, store, keys):
-        turn = tuple(sorted(self.method.losses))
+        turns = [self.method.turn(i) for i in range(math.lcm(*self.method.every.values()))]
+        distinct = sorted(set(turns))
+        which = jnp.asarray([distinct.index(turn) for turn in turns])
 
         def body(state, key):
-            state, _ = trainer.step(state, nets, self.batches(key, store), turn, self.steps, self.number)
-            return state, None
+            def take(turn):
+                return lambda state: trainer.step(
+                    state, nets, self.batches(key, store), turn, self.steps, self.number
+                )[0]  # fmt: skip
+
+            return jax.lax.switch(which[state.step % len(turns)], [take(turn) for turn in distinct], state), None
 
         return jax.lax.scan(body, state, keys)[0]
 
@@ -233,7 +243,8 @@ class Distillation:
 
     def _training(self, part: Round, steps: int) -> tuple[Method, Training]:
         batches = self.batches or (data(self.case, self.size) if part.method.pairs is None else self._rows)
-        return part.method, Training(part.method, batches, steps, self.learning_rate, number=part.number)
+        space = Space((self.case.mixture.d,))
+        return part.method, Training(part.method, batches, steps, self.learning_rate, number=part.number, space=space)
 
     def _rows(self, key, store):
         rows = jax.random.randint(key, (self.size,), 0, len(store["x"]))
@@ -294,11 +305,16 @@ def conclude(holds: bool, text: str) -> None:
     print(f"\n{'Conclusion' if holds else 'NOT shown by this run'}: {text}")
 
 
-def command_line(main: Callable[[int], Any]) -> None:
-    """Run an experiment with --seeds."""
+def command_line(main: Callable[..., Any]) -> None:
+    """Run an experiment with --seeds, and with --steps and --out where it has them."""
+    takes = inspect.signature(main).parameters
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="number of repetitions; the table gives mean ± std")
-    seeds = parser.parse_args().seeds
-    if seeds < 1:
-        parser.error(f"--seeds {seeds}: at least 1 is needed")
-    main(seeds)
+    if "steps" in takes:
+        parser.add_argument("--steps", type=int, default=takes["steps"].default, help="training steps")
+    if "out" in takes:
+        parser.add_argument("--out", default=None, help="a picture with error bars, such as picture.png")
+    given = vars(parser.parse_args())
+    if min(given["seeds"], given.get("steps", 1)) < 1:
+        parser.error("--seeds and --steps: at least 1 is needed")
+    main(**given)
