@@ -69,7 +69,7 @@ METHODS = {
     "phased": Entry(PhasedConsistency, "Phased consistency", "Wang et al. 2024, arXiv:2405.18407"),
     "ctm": Entry(CTM, "Consistency trajectory models", "Kim et al. 2024, arXiv:2310.02279", (1, 2, 4, 8, 16)),
     "invertible": Entry(Invertible, "Invertible consistency", "Starodubcev et al. 2024, arXiv:2406.14539"),
-    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,)),
+    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,), effort=2.5),
     "dmd_regression": Entry(
         dmd_with_regression, "Distribution matching with regression", "Yin et al. 2024, arXiv:2311.18828", (1,)
     ),
