@@ -1,5 +1,6 @@
 """Pictures of what the experiments on the slides' questions measured, with error bars over seeds."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +35,16 @@ def picture(out: str | Path | None, *panels: Panel) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for i, panel in enumerate(panels):
         _draw(figure.add_subplot(1, len(panels), i + 1), panel)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80, format="png")
+    Image.open(drawn).convert("RGB").quantize(48).save(out, optimize=True)
 
 
 def _draw(axes, panel: Panel) -> None:

@@ -16,7 +16,9 @@ from ddistill.evaluate.diversity import condition_diversity
 from ddistill.evaluate.mixture import SCALE
 from ddistill.losses.times import LogNormal
 from ddistill.methods import Denoising
+from ddistill.methods.adversarial import Adversary
 from ddistill.methods.base import Method, Space
+from ddistill.methods.discriminators import Plain
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import EDMPrecondition, Net, from_nnx, guided
 from ddistill.networks.mlp import MLP
@@ -24,6 +26,7 @@ from ddistill.process import Process, edm
 
 CLASSES, MODES, STD = 8, 4, 0.1
 PROCESS = edm()
+ADVERSARY = Adversary(Plain(64, 2), r1=0.01)
 
 
 def world() -> Mixture:
@@ -66,7 +69,7 @@ class Students:
 
     config: Callable[[Process], Any]
     steps: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     _training: Training = field(init=False)
 
     def __post_init__(self):
