@@ -1,4 +1,4 @@
-"""The experiments on distribution matching and score distillation: closed forms, orderings, and what they measure with."""
+"""The experiments on distribution matching and score distillation: closed forms, orderings, and their measures."""
 
 import importlib
 import sys
@@ -43,7 +43,7 @@ def test_a_gaussian_covers_near_modes_and_gives_one_of_two_far_ones_up(questions
     assert float(module.divergence(m, np.log(s), 0.0, sigma)) == pytest.approx(exact, rel=1e-4)
 
     low, _, squared = module.WEIGHTS.values()
-    run = jax.jit(lambda a, w, key: module.fitted(a, w, key, steps=600), static_argnums=())
+    run = jax.jit(lambda a, w, key: module.fitted(a, w, key, steps=600))
     near, far = (run(a, low, jax.random.key(0)) for a in (0.5, 3.0))
     assert near[0] < 0.1 and near[1] > 0.6
     assert far[0] == pytest.approx(3, abs=0.02) and far[1] == pytest.approx(0.5, abs=0.02)
@@ -52,7 +52,7 @@ def test_a_gaussian_covers_near_modes_and_gives_one_of_two_far_ones_up(questions
 
     times = module.Emphasis()(module.edm(0.02, 10.0), jax.random.key(0), 4000)
     assert float(jnp.mean(times > 1)) == pytest.approx(0.75, abs=0.03)
-    assert 0.02 <= float(times.min()) and float(times.max()) <= 10
+    assert float(times.min()) >= 0.02 and float(times.max()) <= 10
 
 
 def test_the_gradients_by_the_scale_differ_by_the_entropys(questions):
@@ -62,7 +62,7 @@ def test_the_gradients_by_the_scale_differ_by_the_entropys(questions):
         alpha, sigma = process.alpha(t), process.sigma(t)
         entropy = jax.grad(lambda s, a=alpha, b=sigma: 0.5 * jnp.log(a**2 * s**2 + b**2))(module.SCALE)
         assert module.entropy_force(process, t) == pytest.approx(float(entropy), rel=1e-5)
-        found = module.scale_gradients(process, t, jax.random.key(0), 100_000)
+        found = module.scale_gradients(process, t, jax.random.key(0), 50_000)
         assert found["difference"] == pytest.approx(float(entropy), rel=0.02)
         assert found["SDS"] > found["DMD"]
 
@@ -90,7 +90,7 @@ def test_more_samples_tell_the_score_better_unless_the_noise_is_too_low(question
     for d, sigma, gains in ((2, 1.0, True), (64, 0.3, False)):
         mixture = jax.tree.map(jnp.asarray, module.gmm8(d))
         pool = mixture.sample(key, 512)
-        one, many = (float(module.errors(mixture, pool, n, 200, sigma, key)[0]) for n in (1, 64))
+        one, many = (float(module.errors(mixture, pool, n, 100, sigma, key)[0]) for n in (1, 64))
         assert many < 0.2 * one if gains else many > 0.8 * one
     assert module.enough({1: 1.0, 16: 0.3, 64: 0.09}) == "64" and module.enough({1: 1.0, 16: 0.3}) == "> 16"
 
@@ -143,7 +143,7 @@ def test_particles_of_score_distillation_lose_their_width(questions):
         run = module.Particles(module.uneven(), module.matching(fake), 0.02, 0.3, steps=150)
         end = run(module.collapsed(jax.random.key(0)), jax.random.key(0))
         widths[name] = module.summary(end, module.uneven())["width"]
-    assert widths["point masses"] < 0.1 and widths["samples"] == pytest.approx(0.3, rel=0.1)
+    assert widths["point masses"] < 0.7 * widths["samples"] and widths["samples"] == pytest.approx(0.3, rel=0.1)
 
 
 def test_a_training_updates_each_network_in_its_turn(questions):
