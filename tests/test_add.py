@@ -87,7 +87,9 @@ def test_without_distillation_it_is_the_gan(nets):
 
             return jax.value_and_grad(by)(nets[name].params)
 
-        configs = (ADD(adversary, distill=0.0), GAN(adversary), ADD(adversary, distill=2.5))
+        whole = ADD(adversary, distill=2.5)
+        alike = GAN(adversary, whole.steps, whole.first, whole.rate, whole.every, whole.ema)
+        configs = (dataclasses.replace(whole, distill=0.0), alike, whole)
         return [(loss(config, "student"), loss(config, "discriminator")) for config in configs]
 
     without, gan, whole = of(nets)
