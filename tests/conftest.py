@@ -20,6 +20,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="with torch: write tests/references anew")
+
+
 @pytest.fixture
 def x64():
     """Double precision for one test."""

@@ -12,7 +12,7 @@ LINE = (
     {"process", "version", "sharding", "checkpoint", "log", "overrides"},
     {"grids", "net", "losses"},
     {"features", "mixture", "integrators", "networks", "lora"},
-    {"sample", "methods", "data"},
+    {"sample", "methods", "data", "hub"},
     {"train", "config"},
     {"stages", "quickstart"},
     {"evaluate", "report"},

@@ -1,0 +1,132 @@
+"""Layers that the image networks share: float32 where precision matters, paths as in diffusers' checkpoints.
+
+A module's parameter paths are the names of diffusers' tensors, with kernel, scale or embedding for weight
+(`ddistill.hub.weights`). `Stack` holds a list of equal blocks as one, with an axis more.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+STACK = "stack"
+"""The part of a path below which parameters have a leading axis, the number of the block."""
+
+
+class Linear(nnx.Linear):
+    """A linear map of the last axis, as one matrix product: with tokens left apart XLA's CPU code is slower."""
+
+    def __call__(self, x: Array, out_sharding=None) -> Array:
+        """[..., in] -> [..., out] in the layer's dtype."""
+        return super().__call__(x.reshape(-1, x.shape[-1]), out_sharding).reshape(*x.shape[:-1], -1)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of [B, ..., C] in float32, folded to one scale and shift per channel."""
+
+    def __init__(self, channels: int, groups: int = 32, epsilon: float = 1e-5):
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not split into {groups} groups")
+        self.groups, self.epsilon = groups, epsilon
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Array) -> Array:
+        """[B, ..., C] -> the same, in x's dtype."""
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        rate = jax.lax.rsqrt(jnp.mean((grouped - mean) ** 2, axis=(1, 3), keepdims=True) + self.epsilon)
+        shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+        scale = (rate * self.scale.reshape(1, 1, self.groups, -1)).reshape(shape)
+        shift = self.bias[...] - (mean * rate * self.scale.reshape(1, 1, self.groups, -1)).reshape(shape)
+        return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+
+
+def sinusoidal(
+    t: Array, size: int, *, flip: bool = True, shift: float = 0.0, scale: float = 1.0, max_period: float = 10_000.0
+) -> Array:
+    """Sinusoidal embedding [B, size] of times t [B] at geometric frequencies, float32 (Vaswani et al. 2017, sec. 3.5).
+
+    flip: cosines first. shift: diffusers' downscale_freq_shift, what the number of frequencies is lowered by in their
+    exponent. scale: what angles are multiplied by.
+    """
+    half = size // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / (half - shift))
+    angles = scale * t.astype(jnp.float32)[:, None] * frequencies
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, size % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, SiLU, linear, in float32; diffusers' module of that name."""
+
+    def __init__(self, size: int, width: int, out: int | None = None, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(size, width, rngs=rngs)
+        self.linear_2 = nnx.Linear(width, width if out is None else out, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, size] -> [B, out], float32."""
+        return self.linear_2(jax.nn.silu(self.linear_1(x.astype(jnp.float32))))
+
+
+class Extra(nnx.Module):
+    """One more number for an embedding, which adds nothing before training: a linear map, 0 at first, of its waves.
+
+    A student's second time (the network's `target`) and its guidance scale (`guidance`) enter this way, so that it
+    starts as its teacher.
+    """
+
+    def __init__(self, width: int, waves: Callable[[Array], Array], size: int = 256, *, rngs: nnx.Rngs):
+        self.waves = waves
+        self.linear = nnx.Linear(
+            size, width, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+        )  # fmt: skip
+
+    def __call__(self, value: Array) -> Array:
+        """[B] -> [B, width], float32."""
+        return self.linear(self.waves(value))
+
+
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+    """softmax(q kᵀ/√D) v of [B, L, H, D] with softmax in float32; mask: True where seen, broadcast to [B, H, L, M].
+
+    cuDNN's flash attention on NVIDIA GPUs where its limits are met (16 bits, D ≤ 128 divisible by 8, no mask).
+    """
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+    def flash(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+    size = q.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or size > 128 or size % 8 or mask is not None:
+        return plain(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=flash, default=plain)
+
+
+class Stack(nnx.Module):
+    """Equal blocks with their parameters stacked, run by a scan: one block is compiled whatever the depth.
+
+    make: from random keys to a block, called as block(carry, *args) -> carry. remat: inside a block nothing is kept for
+    the backward pass.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: bool = False, rngs: nnx.Rngs):
+        if depth < 1:
+            raise ValueError(f"a stack of {depth} blocks: give at least one")
+        self.depth, self.remat = depth, remat
+        self.stack = nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+
+    def __call__(self, carry: Any, *args: Any) -> Any:
+        """Run all blocks; carry is a pytree of arrays, args are the same for all blocks."""
+        graph, params, rest = nnx.split(self.stack, nnx.Param, ...)
+
+        def body(carry, params):
+            return nnx.merge(graph, params, rest)(carry, *args), None
+
+        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, params)[0]
