@@ -2,7 +2,8 @@
 
 A path is the tensor's name, with the last part kernel (of a linear map or a convolution), scale (of a norm) or
 embedding for weight. Kernels are transposed: [out, in] to [in, out], [out, in, h, w] to [h, w, in, out]. Below
-`networks.layers.STACK` a parameter is the tensors of all blocks, "blocks.stack.norm.scale"[i] being "blocks.i.norm.weight".
+`networks.layers.STACK` a parameter is the tensors of all
+blocks, "blocks.stack.norm.scale"[i] being "blocks.i.norm.weight".
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -14,7 +14,7 @@ from ddistill.net import PyTree, Scaled
 class Prompt:
     """An encoded text: states [B, L, C] of its tokens and what else a network takes.
 
-    mask: [B, L], 1 for tokens that count. pooled: [B, P], one vector of the text. sizes: numbers [B, n] about the image,
+    mask: [B, L], 1 for tokens that count. pooled: [B, P], one vector of the text. sizes: [B, n] about the image,
     SDXL's time ids for example.
     """
 

@@ -124,7 +124,8 @@ class Stack(nnx.Module):
 
     def __call__(self, carry: Any, *args: Any) -> Any:
         """Run all blocks; carry is a pytree of arrays, args are the same for all blocks."""
-        graph, params, rest = nnx.split(self.stack, nnx.Param, ...)
+        graph, *states = nnx.split(self.stack, nnx.Param, ...)
+        params, rest = states
 
         def body(carry, params):
             return nnx.merge(graph, params, rest)(carry, *args), None
