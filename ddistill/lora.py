@@ -1,8 +1,10 @@
 """Low-rank adapters, and updates of weights as data: merged, added, carried from one teacher to another.
 
 A kernel W [..., out], seen as a matrix [in, out], is trained as W + (α/r) A B with A [in, r], B [r, out] and W frozen
-(Hu et al. 2021, sec. 4.1). What training did to a network, τ = θ' − θ, is a `Delta`; deltas add up, θ + Σ λ_i τ_i
-(Luo et al. 2023, "LCM-LoRA", eq. 8), also on networks other than the one they were trained on.
+(Hu et al. 2021, sec. 4.1). Kernels of a stack of blocks [blocks, ..., out] (`networks.layers.Stack`) are as many
+matrices, with factors [blocks, in, r] and [blocks, r, out]. What training did to a network, τ = θ' − θ, is a `Delta`;
+deltas add up, θ + Σ λ_i τ_i (Luo et al. 2023, "LCM-LoRA", eq. 8), also on networks other than the one they were
+trained on.
 """
 
 import zipfile
@@ -17,16 +19,17 @@ import numpy as np
 from jax import Array
 
 from ddistill.net import Apply, Net, PyTree
+from ddistill.networks.layers import STACK
 
 
 @dataclass(frozen=True)
 class LoRA:
     """Which parameters an adapter trains, and at which rank r.
 
-    layers: shell patterns of the paths of parameters of two or more axes ("blocks.*.kernel"); others that they match,
-    such as biases, stay frozen. A rank above a matrix's own is lowered to it. alpha: the update is alpha/rank · A B;
-    by default alpha = rank. whole: patterns of parameters of any shape that are trained whole, by an update that starts
-    at zero.
+    layers: shell patterns of the paths of parameters of two or more axes ("blocks.*.kernel"), the one that counts the
+    blocks of a stack aside; others that they match, such as biases, stay frozen. A rank above a matrix's own is lowered
+    to it. alpha: the update is alpha/rank · A B; by default alpha = rank. whole: patterns of parameters of any shape
+    that are trained whole, by an update that starts at zero.
     """
 
     rank: int = 4
@@ -50,7 +53,10 @@ class LoRA:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """An update of a kernel [..., out], as a matrix [in, out] the product of down [in, r] and up [r, out]."""
+    """An update of a kernel [..., out], as a matrix [in, out] the product of down [in, r] and up [r, out].
+
+    In a stack both have one axis more in front, the block.
+    """
 
     down: Array
     up: Array
@@ -69,17 +75,17 @@ def adapt(net: Net, lora: LoRA, key: Array) -> Net:
     could train, listing what there is.
     """
     base = _by_path(net.params)
-    wide = {path: w for path, w in base.items() if jnp.ndim(w) >= 2}
+    wide = {path: w for path, w in base.items() if _is_matrix(path, w)}
     whole = _matching(lora.whole, base, "whole")
     layers = [path for path in _matching(lora.layers, wide, "layers") if path not in whole]
     if not whole and not layers:
         raise ValueError("a LoRA without layers and without whole trains nothing: give patterns of parameter paths")
     params: dict[str, Array] = {f"{path}.whole": jnp.zeros(base[path].shape, _wide(base[path])) for path in whole}
     for path, k in zip(layers, jax.random.split(key, len(layers)), strict=True):
-        rows, out = _matrix_shape(wide[path])
+        *blocks, rows, out = _matrix_shape(path, wide[path])
         rank = min(lora.rank, rows, out)
-        params[f"{path}.down"] = jax.random.normal(k, (rows, rank), _wide(wide[path])) * rank**-0.5
-        params[f"{path}.up"] = jnp.zeros((rank, out), _wide(wide[path]))
+        params[f"{path}.down"] = jax.random.normal(k, (*blocks, rows, rank), _wide(wide[path])) * rank**-0.5
+        params[f"{path}.up"] = jnp.zeros((*blocks, rank, out), _wide(wide[path]))
     return Net(params, {"base": net.params, "rest": net.rest}, _Adapted(net.apply, lora.scale))
 
 
@@ -116,7 +122,7 @@ def add(net: Net, *terms: tuple[float, Delta]) -> Net:
     base = _by_path(net.params)
     sums: dict[str, Array] = {}
     for weight, update in terms:
-        have = {path: _delta_shape(value, base.get(path)) for path, value in update.items()}
+        have = {path: _delta_shape(path, value, base.get(path)) for path, value in update.items()}
         _check(have, _shapes(base), "delta", "network")
         for path, value in update.items():
             sums[path] = sums.get(path, 0.0) + weight * _full(value, base[path].shape)
@@ -133,14 +139,14 @@ def truncate(update: Delta, rank: int) -> dict[str, Array | LowRank]:
     if rank < 1:
         raise ValueError(f"rank = {rank} must be at least 1")
 
-    def one(value):
+    def one(path, value):
         full = value.down @ value.up if isinstance(value, LowRank) else value
-        if jnp.ndim(full) < 2:
+        if not _is_matrix(path, full):
             return full
-        u, s, v = jnp.linalg.svd(full.reshape(_matrix_shape(full)).astype(_wide(full)), full_matrices=False)
-        return LowRank(u[:, :rank] * s[:rank], v[:rank])
+        u, s, v = jnp.linalg.svd(full.reshape(_matrix_shape(path, full)).astype(_wide(full)), full_matrices=False)
+        return LowRank(u[..., :rank] * s[..., None, :rank], v[..., :rank, :])
 
-    return {path: one(value) for path, value in update.items()}
+    return {path: one(path, value) for path, value in update.items()}
 
 
 def save(path: Path | str, update: Delta) -> None:
@@ -177,7 +183,8 @@ def load(path: Path | str) -> dict[str, Array | LowRank]:
         if f"{name}.whole" in arrays:
             continue
         a, b = (arrays[f"{name}.{end}"].shape for end in ("down", "up"))
-        if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        axes = 2 + _in_stack(name)
+        if len(a) != axes or len(b) != axes or a[-1] != b[-2] or a[:-2] != b[:-2]:
             raise ValueError(f"{path}: {name}.down {list(a)} and {name}.up {list(b)} are not the factors of a matrix")
     return {name: _update(arrays, name, 1.0) for name in _adapted_paths(arrays)}
 
@@ -248,12 +255,12 @@ def _some(items: list[str], separator: str = ", ", most: int = 12) -> str:
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _delta_shape(value: Array | LowRank, target: Array | None) -> tuple[int, ...]:
+def _delta_shape(path: str, value: Array | LowRank, target: Array | None) -> tuple[int, ...]:
     """The shape that an update is for; factors know no more than the matrix, so they take its target's if they can."""
     if not isinstance(value, LowRank):
         return np.shape(value)
-    matrix = (value.down.shape[0], value.up.shape[1])
-    if target is None or jnp.ndim(target) < 2 or _matrix_shape(target) != matrix:
+    matrix = (*value.down.shape[:-1], value.up.shape[-1])
+    if target is None or not _is_matrix(path, target) or _matrix_shape(path, target) != matrix:
         return matrix
     return np.shape(target)
 
@@ -262,9 +269,18 @@ def _shapes(params: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {path: np.shape(w) for path, w in params.items()}
 
 
-def _matrix_shape(w: Array) -> tuple[int, int]:
-    shape = np.shape(w)
-    return int(np.prod(shape[:-1])), shape[-1]
+def _in_stack(path: str) -> bool:
+    return STACK in path.split(".")
+
+
+def _is_matrix(path: str, w: Array) -> bool:
+    return jnp.ndim(w) >= 2 + _in_stack(path)
+
+
+def _matrix_shape(path: str, w: Array) -> tuple[int, ...]:
+    """A parameter's shape as a matrix [in, out], in a stack as [blocks, in, out]."""
+    blocks, shape = np.shape(w)[: _in_stack(path)], np.shape(w)[_in_stack(path) :]
+    return *blocks, int(np.prod(shape[:-1])), shape[-1]
 
 
 def _wide(w: Array):

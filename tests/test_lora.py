@@ -126,6 +126,59 @@ def test_half_precision_weights_keep_their_type_and_their_adapter_is_single():
     assert {a.dtype for a in jax.tree.leaves(lora.merge(trained(adapted)).params)} == {np.dtype(jnp.bfloat16)}
 
 
+def stacked(w, b):
+    """Three blocks [3, 4, 4] and their biases [3, 4] in a stack, applied one after the other."""
+
+    def apply(params, rest, x, t, cond, *, s, key):
+        for i in range(3):
+            x = jnp.tanh(x @ params["blocks.stack.kernel"][i] + params["blocks.stack.bias"][i])
+        return x
+
+    return Net({"blocks.stack.kernel": w, "blocks.stack.bias": b}, {}, apply)
+
+
+def test_blocks_of_a_stack_are_adapted_each_by_itself(tmp_path):
+    rng = np.random.default_rng(1)
+    w, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 4, 4), (3, 4)))
+    base, x = stacked(w, b), jnp.asarray(rng.standard_normal((B, 4)), jnp.float32)
+    adapted = lora.adapt(base, LoRA(rank=2, layers=("blocks.*",), alpha=6.0), jax.random.key(0))
+    assert {n: a.shape for n, a in adapted.params.items()} == {  # biases, [3, 4] in all, are vectors
+        "blocks.stack.kernel.down": (3, 4, 2), "blocks.stack.kernel.up": (3, 2, 4)
+    }  # fmt: skip
+    np.testing.assert_array_equal(adapted(x, 1.0), base(x, 1.0))
+    assert np.std(adapted.params["blocks.stack.kernel.down"], axis=(1, 2)).min() > 0.1
+    adapted = trained(adapted)
+    down, up = (np.asarray(adapted.params[f"blocks.stack.kernel.{end}"]) for end in ("down", "up"))
+    merged = lora.merge(adapted)
+    for i in range(3):
+        kernel = merged.params["blocks.stack.kernel"][i]
+        np.testing.assert_allclose(kernel, w[i] + 3.0 * down[i] @ up[i], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(merged.params["blocks.stack.bias"], b)
+    np.testing.assert_allclose(adapted(x, 1.0), merged(x, 1.0), rtol=1e-5, atol=1e-6)
+    tau = lora.delta(adapted)
+    lora.save(tmp_path / "tau.npz", tau)
+    again = lora.add(base, (1.0, lora.load(tmp_path / "tau.npz")))
+    np.testing.assert_allclose(again.params["blocks.stack.kernel"], merged.params["blocks.stack.kernel"], rtol=1e-5)
+    # Of rank 2 in each block, though the matrix [3 · 4, 4] would be of rank 4.
+    whole = lora.difference(merged, base)
+    low = lora.truncate(whole, 2)["blocks.stack.kernel"]
+    assert low.down.shape == (3, 4, 2) and low.up.shape == (3, 2, 4)
+    np.testing.assert_allclose(low.down @ low.up, whole["blocks.stack.kernel"], rtol=1e-4, atol=1e-4)
+    one = lora.truncate(whole, 1)["blocks.stack.kernel"]
+    values = np.linalg.svd(np.asarray(whole["blocks.stack.kernel"]), compute_uv=False)
+    error = np.sum((np.asarray(one.down @ one.up) - whole["blocks.stack.kernel"]) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(error, values[:, 1] ** 2, rtol=1e-3)
+    assert lora.truncate(whole, 1)["blocks.stack.bias"].shape == (3, 4)
+    with pytest.raises(ValueError, match="matches no parameter of two or more axes"):
+        lora.adapt(base, LoRA(layers=("*.bias",)), jax.random.key(0))
+    flat = LowRank(jnp.zeros((12, 1)), jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match=r"blocks.stack.kernel is \[12, 4\] in the delta and \[3, 4, 4\]"):
+        lora.add(base, (1.0, {"blocks.stack.kernel": flat}))
+    np.savez(tmp_path / "bad.npz", **{"a.stack.k.down": np.zeros((3, 4, 1)), "a.stack.k.up": np.zeros((2, 1, 4))})
+    with pytest.raises(ValueError, match="not the factors of a matrix"):
+        lora.load(tmp_path / "bad.npz")
+
+
 def test_deltas_add_up_like_vectors():
     base, other, fourth = net(0), net(1), net(2)
     tau, sigma = lora.difference(other, base), lora.difference(fourth, base)

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "ddistill"
 LINE = (
     {"process", "version", "sharding", "checkpoint", "log", "overrides"},
     {"grids", "net", "losses"},
-    {"features", "mixture", "integrators", "networks", "lora"},
+    {"features", "mixture", "integrators", "networks"},
+    {"lora"},
     {"sample", "methods", "data", "hub"},
     {"train", "config"},
     {"stages", "quickstart"},
