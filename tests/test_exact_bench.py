@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from types import SimpleNamespace
 
 import jax
@@ -155,7 +156,14 @@ def test_a_student_is_fitted_distilled_and_judged(problem):
     assert (row["steps"], row["nfe"]) == (1, 1) and 0 < row["endpoint"] < 2 and row["floor_sw2"] == problem.floor["sw2"]
 
 
-def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch):
+@pytest.fixture
+def nothing_kept():
+    yield
+    leaderboard._case.cache_clear()
+    leaderboard._start.cache_clear()
+
+
+def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch, nothing_kept):
     trained = []
 
     def student(case, name, made, start, seed, plan, steps):
@@ -181,3 +189,20 @@ def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch):
         assert [*everything[:cut], *rest][-1] == everything[-1]
         assert cut < len(everything) or not rest
         assert not again & {"teacher/exact-map"}
+
+
+def rows_of_a_process(n):
+    flags, threads = os.environ["XLA_FLAGS"], os.environ["OMP_NUM_THREADS"]
+    assert n, "no rows of 0"
+    yield from ({"n": n, "process": os.getpid(), "flags": flags, "threads": threads} for _ in range(n))
+
+
+def test_students_are_trained_side_by_side_in_processes_of_one_thread():
+    before = dict(os.environ)
+    rows = list(leaderboard._side_by_side([(rows_of_a_process, n) for n in (1, 2, 3)], 2))
+    assert sorted(row["n"] for row in rows) == [1, 2, 2, 3, 3, 3]
+    assert os.getpid() not in {row["process"] for row in rows} and len({row["process"] for row in rows}) <= 2
+    assert all("intra_op_parallelism_threads=1" in row["flags"] and row["threads"] == "1" for row in rows)
+    assert dict(os.environ) == before
+    with pytest.raises(AssertionError, match="no rows of 0"):
+        list(leaderboard._side_by_side([(rows_of_a_process, 0)], 2))

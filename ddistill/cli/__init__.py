@@ -96,6 +96,8 @@ class Bench:
     """ring8, grid25, digits or an .npz file (weights, means, covariances and perhaps labels); by default all three."""
     seeds: int = 1
     """Repetitions, each with its own network and noise."""
+    jobs: int = 1
+    """Students to train at a time, each in a process of its own; on a CPU no more than its cores."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the rows there, anew after each one; a method whose rows it has already is not measured again."""
     page: Annotated[Path | None, arg(metavar="FILE.md")] = None

@@ -219,22 +219,26 @@ def bench(command: Bench) -> None:
     unknown = [n for n in names if n not in METHODS]
     if unknown or not names:
         raise ValueError(f"--methods {command.methods}: no method {', '.join(unknown)}; known are {', '.join(METHODS)}")
-    if command.seeds < 1:
-        raise ValueError(f"--seeds {command.seeds}: at least 1 is needed")
+    for flag, number in (("seeds", command.seeds), ("jobs", command.jobs)):
+        if number < 1:
+            raise ValueError(f"--{flag} {number}: at least 1 is needed")
     mixtures = command.mixture or BUNDLED
     for mixture in mixtures:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
     rows = [] if command.json is None else _read_rows(command.json)
+    console = _console()
+    with Live(_bench_table(mixtures[0], []), console=console, refresh_per_second=2, transient=True) as live:
+        for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs):
+            rows.append(row)
+            mixture = row["mixture"]
+            live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
+            if command.json is not None:
+                _write_json(command.json, {"rows": rows})
+            if not live.console.is_terminal:
+                sw2 = _cell(row["sw2"], ".4f")
+                _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
     for mixture in mixtures:
-        with Live(_bench_table(mixture, []), console=_console(), refresh_per_second=2) as live:
-            for row in leaderboard(names, [mixture], command.seeds, rows[:]):
-                rows.append(row)
-                live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
-                if command.json is not None:
-                    _write_json(command.json, {"rows": rows})
-                if not live.console.is_terminal:
-                    sw2 = _cell(row["sw2"], ".4f")
-                    _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
+        console.print(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
     if command.page is not None:
         flags = f"--methods {command.methods} --seeds {command.seeds}"
         command.page.write_text(markdown(rows, f"ddistill bench exact {flags}"), encoding="utf-8")
