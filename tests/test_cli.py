@@ -190,8 +190,8 @@ def _row(method, sw2):
 def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def bench(names, mixtures, seeds, have):
-        asked.append((tuple(names), tuple(mixtures), seeds, len(have)))
+    def bench(names, mixtures, seeds, have, jobs):
+        asked.append((tuple(names), tuple(mixtures), seeds, len(have), jobs))
         yield _row("teacher/euler", 0.04)
         yield _row("kd", 0.03)
         raise KeyboardInterrupt
@@ -199,9 +199,10 @@ def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_pa
     monkeypatch.setattr(leaderboard, "leaderboard", bench)
     file = tmp_path / "rows.json"
     argv = ["bench", "exact", "--methods", "kd,consistency", "--mixture", "grid25", "--seeds", "2", "--json", str(file)]
+    argv += ["--jobs", "3"]
     assert main(argv) == 130
     assert main(argv) == 130
-    assert asked == [(("kd", "consistency"), ("grid25",), 2, before) for before in (0, 2)]
+    assert asked == [(("kd", "consistency"), ("grid25",), 2, before, 3) for before in (0, 2)]
     rows = json.loads(file.read_text())["rows"]
     assert [r["method"] for r in rows] == 2 * ["teacher/euler", "kd"]
     assert rows[0]["ll_gap"] is None and rows[0]["endpoint"] is None
@@ -215,7 +216,7 @@ def test_bench_runs_all_mixtures_and_methods_unless_told_otherwise(monkeypatch):
     asked = []
     monkeypatch.setattr(leaderboard, "leaderboard", lambda *a: iter(asked.append(a) or ()))
     assert main(["bench", "exact"]) == 0
-    assert asked == [(list(METHODS), [mixture], 1, []) for mixture in ("ring8", "grid25", "digits")]
+    assert asked == [(list(METHODS), ("ring8", "grid25", "digits"), 1, [], 1)]
 
 
 def test_bench_writes_all_rows_as_a_page_and_refuses_a_file_that_is_not_its_own(tmp_path, monkeypatch, capsys):
@@ -238,6 +239,7 @@ def test_bench_writes_all_rows_as_a_page_and_refuses_a_file_that_is_not_its_own(
         (["--methods", ","], ["known are kd"]),
         (["--mixture", "ring9"], ["no mixture 'ring9'", "ring8, grid25, digits"]),
         (["--seeds", "0"], ["at least 1"]),
+        (["--jobs", "0"], ["--jobs 0", "at least 1"]),
     ],
 )
 def test_wrong_requests_to_bench_get_words(capsys, flags, words):

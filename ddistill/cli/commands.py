@@ -227,18 +227,20 @@ def bench(command: Bench) -> None:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
     rows = [] if command.json is None else _read_rows(command.json)
     console = _console()
-    with Live(_bench_table(mixtures[0], []), console=console, refresh_per_second=2, transient=True) as live:
-        for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs):
-            rows.append(row)
-            mixture = row["mixture"]
-            live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
-            if command.json is not None:
-                _write_json(command.json, {"rows": rows})
-            if not live.console.is_terminal:
-                sw2 = _cell(row["sw2"], ".4f")
-                _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
-    for mixture in mixtures:
-        console.print(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
+    try:
+        with Live(_bench_table(mixtures[0], []), console=console, refresh_per_second=2, transient=True) as live:
+            for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs):
+                rows.append(row)
+                mixture = row["mixture"]
+                live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
+                if command.json is not None:
+                    _write_json(command.json, {"rows": rows})
+                if not console.is_terminal:
+                    sw2 = _cell(row["sw2"], ".4f")
+                    _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
+    finally:
+        for mixture in mixtures:
+            console.print(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
     if command.page is not None:
         flags = f"--methods {command.methods} --seeds {command.seeds}"
         command.page.write_text(markdown(rows, f"ddistill bench exact {flags}"), encoding="utf-8")
