@@ -4,6 +4,7 @@ A module's parameter paths are the names of diffusers' tensors, with kernel, sca
 (`ddistill.hub.weights`). `Stack` holds a list of equal blocks as one, with an axis more.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -94,19 +95,51 @@ class Extra(nnx.Module):
 def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
     """softmax(q kᵀ/√D) v of [B, L, H, D] with softmax in float32; mask: True where seen, broadcast to [B, H, L, M].
 
-    cuDNN's flash attention on NVIDIA GPUs where its limits are met (16 bits, D ≤ 128 divisible by 8, no mask).
+    Where programs go to an NVIDIA GPU, arrays of 16 bits with D ≤ 128 divisible by 8 and no mask take cuDNN's flash
+    attention, which never holds the L × M weights, backwards neither; everything else takes XLA's. Both differentiate
+    in reverse and forward mode.
     """
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and mask is None
+    if fits and on_cuda():
+        return _flash(causal, q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
-    def plain(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
-    def flash(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+def on_cuda() -> bool:
+    """Whether programs go to an NVIDIA GPU that cuDNN's flash attention runs on, of Ampere or later.
 
-    size = q.shape[-1]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or size > 128 or size % 8 or mask is not None:
-        return plain(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cuda=flash, default=plain)
+    Asked when a program is traced: `jax.lax.platform_dependent`, which would wait for the lowering, traces all of its
+    branches, and cuDNN's cannot be traced on a machine without cuDNN. It would also keep XLA's L × M weights for the
+    backward pass, as zeros.
+    """
+    chosen = jax.config.jax_default_device
+    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" of AMD
+    return device.platform == "gpu" and capability.partition(".")[0].isdigit() and float(capability) >= 8.0
+
+
+def _cudnn(causal: bool, q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _flash(causal: bool, q: Array, k: Array, v: Array) -> Array:
+    return _cudnn(causal, q, k, v)
+
+
+@_flash.defjvp
+def _flash_jvp(causal: bool, primals, tangents):
+    # cuDNN differentiates backwards alone. Forwards it is XLA's attention, whose transpose is replaced by cuDNN's.
+    out, back = jax.vjp(functools.partial(_cudnn, causal), *primals)
+
+    def along(known, tangents):
+        plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
+        return jax.jvp(plain, known[0], tangents)[1]
+
+    def transposed(known, cotangent):
+        return known[1](cotangent)
+
+    return out, jax.custom_derivatives.linear_call(along, transposed, (primals, back), tangents)
 
 
 class Stack(nnx.Module):
