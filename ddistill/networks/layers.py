@@ -4,15 +4,17 @@ A module's parameter paths are the names of diffusers' tensors, with kernel, sca
 (`ddistill.hub.weights`). `Stack` holds a list of equal blocks as one, with an axis more.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from ddistill.networks import flash
 
 STACK = "stack"
 """The part of a path below which parameters have a leading axis, the number of the block."""
@@ -62,16 +64,44 @@ def sinusoidal(
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, size % 2)))
 
 
-class TimestepEmbedding(nnx.Module):
-    """Linear, SiLU, linear, in float32; diffusers' module of that name."""
+@dataclass(frozen=True)
+class Sinusoidal:
+    """`sinusoidal` with its settings, a function that equals another of the same settings: for `Extra` and modules.
 
-    def __init__(self, size: int, width: int, out: int | None = None, *, rngs: nnx.Rngs):
+    A lambda would do but for one thing: networks that hold different ones share no compiled code.
+    """
+
+    size: int = 256
+    flip: bool = True
+    shift: float = 0.0
+    scale: float = 1.0
+    max_period: float = 10_000.0
+
+    def __call__(self, t: Array) -> Array:
+        """[B] -> [B, size], float32."""
+        return sinusoidal(t, self.size, flip=self.flip, shift=self.shift, scale=self.scale, max_period=self.max_period)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, SiLU, linear, in float32; diffusers' module of that name.
+
+    condition: the size of a second input, which is added by a linear map, 0 at first.
+    """
+
+    def __init__(self, size: int, width: int, out: int | None = None, *, condition: int | None = None, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(size, width, rngs=rngs)
         self.linear_2 = nnx.Linear(width, width if out is None else out, rngs=rngs)
+        self.cond_proj = None
+        if condition is not None:
+            zeros = nnx.initializers.zeros_init()
+            self.cond_proj = nnx.Linear(condition, size, use_bias=False, kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """[B, size] -> [B, out], float32."""
-        return self.linear_2(jax.nn.silu(self.linear_1(x.astype(jnp.float32))))
+        x = x.astype(jnp.float32)
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class Extra(nnx.Module):
@@ -99,47 +129,9 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
     attention, which never holds the L × M weights, backwards neither; everything else takes XLA's. Both differentiate
     in reverse and forward mode.
     """
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and mask is None
-    if fits and on_cuda():
-        return _flash(causal, q, k, v)
+    if mask is None and flash.fits(q) and flash.on_cuda():
+        return flash.attention(q, k, v, causal)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
-
-
-def on_cuda() -> bool:
-    """Whether programs go to an NVIDIA GPU that cuDNN's flash attention runs on, of Ampere or later.
-
-    Asked when a program is traced: `jax.lax.platform_dependent`, which would wait for the lowering, traces all of its
-    branches, and cuDNN's cannot be traced on a machine without cuDNN. It would also keep XLA's L × M weights for the
-    backward pass, as zeros.
-    """
-    chosen = jax.config.jax_default_device
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" of AMD
-    return device.platform == "gpu" and capability.partition(".")[0].isdigit() and float(capability) >= 8.0
-
-
-def _cudnn(causal: bool, q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _flash(causal: bool, q: Array, k: Array, v: Array) -> Array:
-    return _cudnn(causal, q, k, v)
-
-
-@_flash.defjvp
-def _flash_jvp(causal: bool, primals, tangents):
-    # cuDNN differentiates backwards alone. Forwards it is XLA's attention, whose transpose is replaced by cuDNN's.
-    out, back = jax.vjp(functools.partial(_cudnn, causal), *primals)
-
-    def along(known, tangents):
-        plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
-        return jax.jvp(plain, known[0], tangents)[1]
-
-    def transposed(known, cotangent):
-        return known[1](cotangent)
-
-    return out, jax.custom_derivatives.linear_call(along, transposed, (primals, back), tangents)
 
 
 class Stack(nnx.Module):
