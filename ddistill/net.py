@@ -99,12 +99,14 @@ class EDMPrecondition:
     """
 
     sigma_data: float = 0.5
+    time_scale: float = 1.0
 
     def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
         """Coefficients at t; c_skip = 1 and c_out = 0 at σ = 0, so the network is the identity on clean data."""
         alpha, sigma, sd = process.alpha(t), process.sigma(t), self.sigma_data
         norm2 = sigma**2 + (alpha * sd) ** 2
-        return alpha * sd**2 / norm2, sigma * sd / jnp.sqrt(norm2), 1 / jnp.sqrt(norm2), log_noise(process, t)
+        c_noise = self.time_scale * log_noise(process, t)
+        return alpha * sd**2 / norm2, sigma * sd / jnp.sqrt(norm2), 1 / jnp.sqrt(norm2), c_noise
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,31 @@ class BoundaryPrecondition:
     """EDM's with the identity moved from ρ = 0 to ρ(t_min): f(x, t_min) = x/α (Song et al. 2023, app. C)."""
 
     sigma_data: float = 0.5
+    time_scale: float = 1.0
 
     def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
         """Coefficients at t; on a process with α = 1, c_skip = σ_d²/((σ−ε)² + σ_d²), c_out = σ_d (σ−ε)/√(σ² + σ_d²)."""
         alpha, sigma, sd = process.alpha(t), process.sigma(t), self.sigma_data
         above = sigma - alpha * process.rho(jnp.asarray(process.t_min, t.dtype))  # α (ρ − ρ_min)
         c_in = 1 / jnp.sqrt(sigma**2 + (alpha * sd) ** 2)
-        return alpha * sd**2 / (above**2 + (alpha * sd) ** 2), sd * above * c_in, c_in, log_noise(process, t)
+        c_noise = self.time_scale * log_noise(process, t)
+        return alpha * sd**2 / (above**2 + (alpha * sd) ** 2), sd * above * c_in, c_in, c_noise
 
 
 @dataclass(frozen=True)
 class EpsPrecondition:
-    """A network that outputs ε: x0 = (x − σ ε)/α. It sees the process's own time times `time_scale`."""
+    """A network that outputs ε: x0 = (x − σ ε)/α. It sees time_scale · t + time_offset, t the process's own time.
+
+    Networks of diffusers count their times from 0: time_offset = −1 on a discrete process.
+    """
 
     time_scale: float = 1.0
+    time_offset: float = 0.0
 
     def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
         """Coefficients at t; not finite where α = 0."""
         alpha = process.alpha(t)
-        return 1 / alpha, -process.sigma(t) / alpha, jnp.ones_like(t), self.time_scale * t
+        return 1 / alpha, -process.sigma(t) / alpha, jnp.ones_like(t), self.time_scale * t + self.time_offset
 
 
 @dataclass(frozen=True)
@@ -138,12 +146,13 @@ class VPrecondition:
     """A network that outputs v = α ε − σ x0: x0 = (α x − σ v)/(α² + σ²)."""
 
     time_scale: float = 1.0
+    time_offset: float = 0.0
 
     def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
         """Coefficients at t."""
         alpha, sigma = process.alpha(t), process.sigma(t)
         norm2 = alpha**2 + sigma**2
-        return alpha / norm2, -sigma / norm2, jnp.ones_like(t), self.time_scale * t
+        return alpha / norm2, -sigma / norm2, jnp.ones_like(t), self.time_scale * t + self.time_offset
 
 
 @dataclass(frozen=True)
@@ -164,10 +173,11 @@ class DataPrecondition:
     """A network that outputs x0 itself."""
 
     time_scale: float = 1.0
+    time_offset: float = 0.0
 
     def __call__(self, process: Process, t: Array) -> tuple[Array, Array, Array, Array]:
         """Coefficients at t."""
-        return jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t), self.time_scale * t
+        return jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t), self.time_scale * t + self.time_offset
 
 
 @dataclass(frozen=True)
