@@ -155,7 +155,7 @@ class AutoencoderKL(nnx.Module):
 
 
 class AutoencoderTiny(nnx.Module):
-    """TAESD (https://github.com/madebyollin/taesd), diffusers' AutoencoderTiny; its z is in a denoiser's scale already."""
+    """TAESD (https://github.com/madebyollin/taesd), diffusers' AutoencoderTiny: its z is a denoiser's already."""
 
     def __init__(self, config: AutoencoderTinyConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         c = config
