@@ -25,6 +25,23 @@ class Quickstart:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Check a diffusers pipeline and copy it to a folder, as a teacher: network=Imported(FOLDER) in an experiment.
+
+    Networks, and schedulers with the noise processes that they are of, are those of ddistill/hub/configs.py.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="FOLDER_OR_HUB_ID")]
+    """A pipeline's folder (scheduler/ and unet/ or transformer/), or the id of one on the Hugging Face hub."""
+    to: Annotated[Path, arg(metavar="FOLDER")]
+    """The folder to write."""
+    variant: Annotated[str | None, arg(metavar="fp16|bf16")] = None
+    """The variant of the weights."""
+    revision: Annotated[str | None, arg(metavar="NAME")] = None
+    """The branch, tag or commit on the hub."""
+
+
+@dataclass(frozen=True)
 class Distill:
     """Train an experiment's teacher and distil it.
 
@@ -172,6 +189,7 @@ class Invert:
 
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Import, subcommand("import")]
     | Annotated[Distill, subcommand("distill")]
     | Annotated[Pairs, subcommand("pairs")]
     | Annotated[Sample, subcommand("sample")]

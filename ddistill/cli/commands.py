@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ddistill import integrators
 from ddistill import quickstart as quickstart_experiment
-from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Invert, Methods, Pairs, Quickstart, Sample
+from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Import, Invert, Methods, Pairs, Quickstart, Sample
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
 from ddistill.data.pair_store import open_pairs, write_pairs
@@ -40,6 +40,8 @@ def run(command: Command, flags: Sequence[str]) -> None:
     match command:
         case Quickstart():
             quickstart(command, flags)
+        case Import():
+            import_(command)
         case Distill():
             distill(command, flags)
         case Pairs():
@@ -77,6 +79,15 @@ def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
         curves[stage] = ([row["step"] for row in rows], [row["student/loss"] for row in rows])
     save_loss_plot(out / "loss.png", curves)
     _say(f"Wrote {out}/samples.png, metrics.json, loss.png. More samples: ddistill sample {out} --out more.png")
+
+
+def import_(command: Import) -> None:
+    """Copy a pipeline as a teacher."""
+    from ddistill.hub.teachers import import_teacher
+
+    made = import_teacher(command.source, command.to, command.variant, command.revision)
+    where, output = type(made.process.schedule).__name__, type(made.precondition).__name__.removesuffix("Precondition")
+    _say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
 
 
 def distill(command: Distill, flags: Sequence[str]) -> None:

@@ -44,6 +44,11 @@ class Kind:
     bias: str = ""
 
     @property
+    def folder(self) -> str:
+        """What a pipeline calls its folder."""
+        return "unet" if self.module == "unet" else "transformer"
+
+    @property
     def config(self) -> type:
         """The configuration's class."""
         return getattr(self._module, f"{self.name}Config")

@@ -1,0 +1,148 @@
+"""A pipeline of diffusers, from a folder or the Hugging Face hub, copied as a teacher that experiments name."""
+
+import contextlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ddistill.hub.configs import read_json
+from ddistill.hub.load import open_config, open_diffusion, parts_of, plan
+from ddistill.hub.tensors import open_tensors, weights_file
+from ddistill.net import Preconditioning, from_nnx
+from ddistill.process import Process
+from ddistill.version import version
+
+RECORD = "teacher.json"
+"""What an imported teacher's folder says of where it came from."""
+
+_TEXTS = (".json", ".txt", ".model", ".jinja")
+
+
+class Summary(NamedTuple):
+    """What an imported teacher is."""
+
+    name: str
+    parameters: int
+    process: Process
+    precondition: Preconditioning
+
+
+def import_teacher(
+    source: Path | str, to: Path | str, variant: str | None = None, revision: str | None = None
+) -> Summary:
+    """Check a pipeline and copy it to a folder that `ddistill.config.Imported` names.
+
+    source: a folder of diffusers with scheduler/ and unet/ or transformer/, or the id of one on the hub, "org/name", of
+    which `revision` is taken. variant: of the weights, "fp16" for example; in the copy they have names without it. What
+    else the pipeline has, autoencoder and text encoders, is copied along where its weights are safetensors. Nothing is
+    left behind of an import that fails. Raises FileExistsError for a folder that is not empty, ConnectionError for a
+    hub that cannot be reached, and as `load_network` does.
+    """
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise FileExistsError(f"{to} is not empty: give a new folder")
+    folder = find(source, variant, revision)
+    summary = check_teacher(folder, variant)
+    network, scheduler = parts_of(folder)
+    assert scheduler is not None  # or check_teacher had raised
+    with written_whole(to) as part:
+        if network == folder:  # a model's own folder with scheduler/ in it
+            _copy(network, part / open_config(folder)[0].folder, variant)
+            _copy(scheduler, part / "scheduler", None)
+        else:
+            for path in sorted(scheduler.parent.iterdir()):
+                if path.is_dir() and not path.name.startswith("."):
+                    _copy(path, part / path.name, variant)
+                elif path.name == "model_index.json":
+                    shutil.copyfile(path, part / path.name)
+        record = {"version": version(), "source": str(source), "class": summary.name, "parameters": summary.parameters}
+        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def check_teacher(folder: Path | str, variant: str | None = None) -> Summary:
+    """What the teacher in a folder is, by configurations and headers of weights alone; raises as `load_network`."""
+    kind, config = open_config(folder)
+    process, precondition = open_diffusion(folder)
+    net = from_nnx(
+        nnx.eval_shape(lambda: kind.network(config, dtype=jnp.float32, rngs=nnx.Rngs(0))), process, precondition
+    )
+    read, _ = plan(open_tensors(parts_of(folder).network, variant), net)
+    count = sum(math.prod(net.params[path].shape) for path in read if path in net.params)
+    return Summary(kind.name, count, process, precondition)
+
+
+def find(source: Path | str, variant: str | None = None, revision: str | None = None) -> Path:
+    """The folder itself, or that of a model of the hub, downloaded; see `import_teacher`."""
+    if Path(source).exists():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source} is neither a folder nor an id of the hub, such as organisation/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    middle = "" if variant is None else f".{variant}"
+    weights = [f"*/*{middle}.safetensors", f"*/*{middle}-0*.safetensors", "*/*.safetensors"]
+    wanted = ["model_index.json", "config.json", *(f"*/*{end}" for end in _TEXTS), *weights]
+    others = [] if variant else ["*.fp16*", "*.bf16*", "*non_ema*"]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted, ignore_patterns=others))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ConnectionError(
+            f"there is no folder {source}, and the hub does not give a model of that id: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def written_whole(to: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `to` at the end and is removed if anything fails.
+
+    Raises FileExistsError where `to` is not empty.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise FileExistsError(f"{to} is not empty: give a new folder")
+    part = to.with_name(f".{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _copy(folder: Path, to: Path, variant: str | None) -> None:
+    """Copy a component: its texts, and of its weights those of the variant, or else those without one."""
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        return
+    to.mkdir(parents=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in _TEXTS and ".safetensors.index" not in path.name:
+            target = to / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    if any(folder.glob("*.safetensors")):
+        _copy_weights(folder, to, variant)
+
+
+def _copy_weights(folder: Path, to: Path, variant: str | None) -> None:
+    try:
+        first = weights_file(folder, variant)
+    except FileNotFoundError:
+        first, variant = weights_file(folder), None
+    plain = "" if variant is None else f".{variant}"
+    files = [first.name]
+    if first.suffix == ".json":
+        index = read_json(first, "an index of shards")
+        files = sorted(set(index["weight_map"].values()))
+        index["weight_map"] = {name: file.replace(plain, "", 1) for name, file in index["weight_map"].items()}
+        (to / first.name.replace(plain, "", 1)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in files:
+        shutil.copyfile(folder / name, to / name.replace(plain, "", 1))
