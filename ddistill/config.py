@@ -7,16 +7,19 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from ddistill.data import ArraySource, Source, label_dropout
+from ddistill.data.loading import Readable, loader, part_of
 from ddistill.data.pair_store import PairStore, open_pairs
+from ddistill.hub.load import load_network, open_diffusion
 from ddistill.losses.times import LogNormal
 from ddistill.methods.base import Made, Space
 from ddistill.methods.denoising import Denoising
@@ -57,7 +60,8 @@ class Data:
     """What a dataset gives an experiment: arrays of one training set, and the shape and classes of a sample.
 
     to_unit: from samples to brightness in [0, 1] for pictures; by default for data in [-1, 1]. pairs: teacher pairs on
-    disk for methods that learn from them.
+    disk for methods that learn from them. items: what is read one by one, in place of arrays. null: the condition that
+    means none where conditions are no labels, a prompt's without leading axes for example.
     """
 
     arrays: dict[str, np.ndarray]
@@ -65,6 +69,13 @@ class Data:
     num_classes: int
     to_unit: Callable[[np.ndarray], np.ndarray] = _unit
     pairs: PairStore | None = None
+    items: Readable | None = None
+    null: Any = None
+
+    @property
+    def none(self) -> Any:
+        """The condition that means none: `null`, the label num_classes, or None where there are no conditions."""
+        return np.int32(self.num_classes) if self.null is None and self.num_classes else self.null
 
     @property
     def space(self) -> Space:
@@ -72,11 +83,20 @@ class Data:
         return Space(self.shape, self.num_classes)
 
     def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
-        """Shuffled batches; a share `unlabelled` of the labels is replaced by "none", for guidance."""
-        source = ArraySource(
-            self.arrays, batch_size=batch_size, seed=seed, num_classes=self.num_classes or None, shape=self.shape
-        )
-        return label_dropout(source, unlabelled, self.num_classes) if self.num_classes and unlabelled else source
+        """Shuffled batches; a share `unlabelled` of the conditions is replaced by "none", for guidance.
+
+        Of several processes each gets its own rows of a batch that depends on the seed and the step alone.
+        """
+        part = jax.process_index(), jax.process_count()
+        if self.items is not None:
+            source = loader(self.items, batch_size, seed, part=part)
+        else:
+            arrays = ArraySource(
+                self.arrays, batch_size=batch_size, seed=seed, num_classes=self.num_classes or None, shape=self.shape
+            )
+            source = part_of(arrays, batch_size, part)
+        none = self.none
+        return source if none is None or not unlabelled else label_dropout(source, unlabelled, none, part=part)
 
 
 class Dataset(Protocol):
@@ -145,6 +165,33 @@ class MLPNetwork:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """A teacher that `ddistill import` put into a folder: nothing trains it, and it brings its own process.
+
+    bfloat16: computes in bfloat16 with float32 parameters. remat: keeps one block's activations at a time.
+    """
+
+    folder: Path
+    bfloat16: bool = False
+    remat: bool = False
+
+    @property
+    def process(self) -> Process:
+        """The process that its scheduler is of."""
+        return open_diffusion(self.folder)[0]
+
+    def build(self, data: Data, process: Process, key: jax.Array, mesh: Mesh | None = None) -> Net:
+        """The network with its weights, laid out over the mesh. Raises ValueError for another process than its own."""
+        own, precondition = open_diffusion(self.folder)
+        if process != own:
+            raise ValueError(
+                f"the teacher in {self.folder} has its own process; pass the experiment through `resolved`"
+            )
+        dtype = jnp.bfloat16 if self.bfloat16 else jnp.float32
+        return load_network(self.folder, own, precondition, mesh=mesh, dtype=dtype, remat=self.remat)
+
+
+@dataclass(frozen=True)
 class Teacher:
     """How the teacher is trained before it is distilled."""
 
@@ -173,3 +220,16 @@ class Experiment:
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """The experiment in its teacher's process, where an imported teacher brings one.
+
+    Raises ValueError where the experiment names another process.
+    """
+    if not isinstance(experiment.network, Imported):
+        return experiment
+    process = experiment.network.process
+    if experiment.process not in (process, edm()):
+        raise ValueError(f"the teacher in {experiment.network.folder} brings its own process: leave process out")
+    return dataclasses.replace(experiment, process=process)

@@ -30,12 +30,16 @@ class Log(Protocol):
     def stop(self) -> None:
         """End the stage."""
 
+    def note(self, text: str) -> None:
+        """Words for who reads the log."""
+
 
 class Silent:
-    """A log that keeps the metrics it is told in `rows`, and shows nothing."""
+    """A log that keeps the metrics it is told in `rows` and the words in `notes`, and shows nothing."""
 
     def __init__(self):
         self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self._stage = ""
 
     def start(self, stage: str, first: int, steps: int) -> None:
@@ -52,9 +56,13 @@ class Silent:
     def stop(self) -> None:
         """Nothing."""
 
+    def note(self, text: str) -> None:
+        """Keep the words."""
+        self.notes.append(text)
+
 
 class RunLog:
-    """A log in a folder, metrics.jsonl and events/, and on the terminal.
+    """A log in a folder, metrics.jsonl, events/ and where there is something to say notes.txt, and on the terminal.
 
     On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then. Only
     the first process of several writes. Use as a context manager.
@@ -70,6 +78,7 @@ class RunLog:
             from tensorboardX import SummaryWriter
 
             directory = Path(directory)
+            self._notes = directory / "notes.txt"
             self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
             self._events = SummaryWriter(str(directory / "events"))
 
@@ -130,6 +139,13 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def note(self, text: str) -> None:
+        """Print the words, in every process, and keep them."""
+        print(text, file=sys.stderr, flush=True)
+        if self._writes:
+            with self._notes.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

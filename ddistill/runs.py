@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from ddistill import sharding
 from ddistill.checkpoint import CheckpointError, Checkpoints
-from ddistill.config import Data, Experiment
+from ddistill.config import Data, Experiment, Imported, resolved
 from ddistill.data import Source
+from ddistill.data.loading import part_of
 from ddistill.data.pairs import teacher_pairs
 from ddistill.log import Log, RunLog
 from ddistill.methods.base import Pairs
@@ -74,16 +74,17 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: st
         raise ValueError(f"{path} has no function `experiment` that answers something; {how}")
     if not isinstance(experiment, Experiment):
         raise ValueError(f"experiment() of {path} answered {type(experiment).__name__}; {how}")
-    return override(experiment, overrides, prog=prog or f"ddistill distill {path}")
+    return resolved(override(experiment, overrides, prog=prog or f"ddistill distill {path}"))
 
 
 def stages(experiment: Experiment, data: Data) -> list[Stage]:
     """The stages of an experiment: "teacher", denoising on the data, and those of the method on that teacher.
 
-    The method's losses, and teacher pairs where it asks for them and the data has none, see the guided teacher. Raises
-    ValueError for guidance of a teacher without classes.
+    An imported teacher has no stage. The method's losses, and teacher pairs where it asks for them and the data has
+    none, see the guided teacher. Raises ValueError for guidance of a teacher without classes.
     """
-    return [teacher_stage(experiment, data), *student_stages(experiment, data)]
+    first = [] if isinstance(experiment.network, Imported) else [teacher_stage(experiment, data)]
+    return [*first, *student_stages(experiment, data)]
 
 
 def teacher_stage(experiment: Experiment, data: Data) -> Stage:
@@ -99,16 +100,17 @@ def teacher_stage(experiment: Experiment, data: Data) -> Stage:
 def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
     """The stages that distil the teacher."""
     e = experiment
-    if e.guidance != 1 and not data.num_classes:
+    if e.guidance != 1 and data.none is None:
         raise ValueError(f"guidance = {e.guidance} needs classes, and the data has none: leave guidance at 1")
 
     def guide(teacher: Net) -> Net:
-        return teacher if e.guidance == 1 else guided(teacher, e.guidance, np.int32(data.num_classes))
+        return teacher if e.guidance == 1 else guided(teacher, e.guidance, data.none)
 
     def from_pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
-            return data.pairs.source(e.batch_size, e.seed)
+            pairs = data.pairs.source(e.batch_size, e.seed)
+            return part_of(pairs, e.batch_size, (jax.process_index(), jax.process_count()))
         if number == 0 and "noise" in data.arrays:
             return data.source(e.batch_size, e.seed, 0.0)
         key = jax.random.fold_in(jax.random.key(e.seed), number)
@@ -116,7 +118,7 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
             teacher, process, key, wanted.count, data.shape, steps=wanted.steps, integrator=wanted.integrator,
             points=wanted.points, num_classes=data.num_classes,
         )  # fmt: skip
-        return dataclasses.replace(data, arrays=arrays).source(e.batch_size, e.seed, 0.0)
+        return dataclasses.replace(data, arrays=arrays, items=None).source(e.batch_size, e.seed, 0.0)
 
     return stages_of(
         e.method(e.process), e.process, e.steps,
@@ -139,6 +141,7 @@ def distil(
     and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it.
     Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written.
     """
+    experiment = resolved(experiment)
     data = experiment.data.load()
     plan = stages(experiment, data)
     if workdir is None:
@@ -171,6 +174,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 f"{workdir} has no experiment.py: its run was started from Python, pass the experiment to open_run"
             )
         experiment = load_experiment(workdir / "experiment.py", record["overrides"])
+    experiment = resolved(experiment)
     lines = differences(record["experiment"], describe(experiment))
     if lines:
         raise ValueError(
@@ -205,13 +209,19 @@ def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
 
 def _run(experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None) -> Result:
     key = jax.random.key(experiment.seed)
-    network = experiment.network.build(data, experiment.process, jax.random.fold_in(key, 0))
-    teacher, *_, student = run(
-        plan, network, jax.random.fold_in(key, 1),
-        mesh=sharding.make_mesh(experiment.fsdp), log=log, workdir=workdir,
-        log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
-    )  # fmt: skip
-    return Result(teacher, student)
+    mesh, architecture = sharding.make_mesh(experiment.fsdp), experiment.network
+    at = data, experiment.process, jax.random.fold_in(key, 0)
+    network = architecture.build(*at, mesh) if isinstance(architecture, Imported) else architecture.build(*at)
+    try:
+        results = run(
+            plan, network, jax.random.fold_in(key, 1),
+            mesh=mesh, log=log, workdir=workdir,
+            log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
+        )  # fmt: skip
+    finally:
+        if log is not None and data.items is not None and (skipped := data.items.told()):
+            log.note(skipped)
+    return Result(network if isinstance(architecture, Imported) else results[0], results[-1])
 
 
 def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ LINE = (
     {"lora"},
     {"sample", "methods", "data", "hub"},
     {"train", "config"},
-    {"stages", "quickstart"},
+    {"stages", "quickstart", "datasets"},
     {"evaluate", "report"},
     {"runs", "bench"},
     {"compare"},

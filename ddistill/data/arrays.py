@@ -4,11 +4,16 @@ import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-Source = Callable[[int], dict[str, np.ndarray]]
+PyTree = Any
+
+Source = Callable[[int], dict[str, Any]]
+"""From the number of a step to its batch: arrays, or trees of them, whose first axes are the rows."""
 
 # Streams of randomness that share one seed and must not share their numbers.
 _SHUFFLE, _DROPOUT = 0, 1
@@ -68,23 +73,29 @@ class ArraySource:
         return {name: array[rows] for name, array in self.arrays.items()}
 
 
-def label_dropout(source: Source, p: float, null: int, *, seed: int = 0) -> Source:
-    """Replace each label of `cond` by `null` with probability p: the training of classifier-free guidance.
+def label_dropout(source: Source, p: float, null: PyTree, *, seed: int = 0, part: tuple[int, int] = (0, 1)) -> Source:
+    """Replace each condition of `cond` by `null` with probability p: the training of classifier-free guidance.
 
-    p in [0, 1]; `source` gives `cond` of integers [B]. Which labels fall depends on (seed, step) alone. Raises
+    p in [0, 1]; `source` gives `cond` of integer labels [B], or of the tree of `null` with a leading axis B. Which rows
+    fall depends on (seed, step) alone; part: (p, P) says that the source gives part p of P of each batch. Raises
     ValueError for p outside [0, 1] and for batches without such a `cond`. Ho & Salimans 2022, algorithm 1.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"Probability of dropping a label is {p}; it must lie between 0 and 1.")
+    index, parts = part
 
     def dropped(step: int) -> dict[str, np.ndarray]:
         batch = source(step)
         cond = batch.get("cond")
-        if cond is None or cond.ndim != 1 or not np.issubdtype(cond.dtype, np.integer):
-            given = "none" if cond is None else f"{cond.dtype} of shape {cond.shape}"
-            raise ValueError(f"label_dropout needs batches with integer labels `cond` [B]; given: {given}.")
-        drop = _generator(seed, _DROPOUT, operator.index(step)).random(len(cond)) < p
-        return {**batch, "cond": np.where(drop, null, cond).astype(cond.dtype)}
+        _check_cond(cond, null)
+        rows = len(jax.tree.leaves(cond)[0])
+        draws = _generator(seed, _DROPOUT, operator.index(step)).random(rows * parts)
+        drop = draws[index * rows : (index + 1) * rows] < p
+
+        def one(c, n):
+            return np.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c).astype(c.dtype)
+
+        return {**batch, "cond": jax.tree.map(one, cond, null)}
 
     return dropped
 
@@ -127,6 +138,19 @@ def _numbers(name: str, array) -> np.ndarray:
 def _fits_int32(array: np.ndarray) -> bool:
     info = np.iinfo(np.int32)
     return not array.size or (info.min <= int(array.min()) and int(array.max()) <= info.max)
+
+
+def _check_cond(cond: PyTree, null: PyTree) -> None:
+    leaves, nulls = jax.tree.leaves(cond), jax.tree.leaves(null)
+    labels = jax.tree_util.all_leaves([null]) and np.ndim(null) == 0
+    alike = [path for path, _ in jax.tree.leaves_with_path(cond)] == [
+        path for path, _ in jax.tree.leaves_with_path(null)
+    ]
+    fits = alike and all(np.shape(c)[1:] == np.shape(n) for c, n in zip(leaves, nulls, strict=True))
+    if not fits or (labels and not np.issubdtype(leaves[0].dtype, np.integer)):
+        given = ", ".join(f"{c.dtype} of shape {c.shape}" for c in leaves) or "none"
+        wanted = "integer labels `cond` [B]" if labels else f"`cond` whose rows have shapes {[*map(np.shape, nulls)]}"
+        raise ValueError(f"label_dropout needs batches with {wanted}; given: {given}.")
 
 
 def _check_shape(arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:

@@ -62,7 +62,7 @@ class Records:
         """The records of these numbers [n], read from disk: each array [n, ...], fresh memory."""
         at = np.searchsorted(self.ends, rows, side="right")
         within = rows - np.concatenate([[0], self.ends])[at]
-        records = np.empty(len(rows), self._shard(0).dtype)
+        records = np.empty(len(rows), self._shard(int(at[0])).dtype)  # a shard of gaps alone has other fields
         for i in np.unique(at):
             here = at == i
             records[here] = self._shard(int(i))[within[here]]
@@ -70,7 +70,8 @@ class Records:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All records in memory: each array [len, ...]."""
-        return fields(np.concatenate([np.load(shard) for shard in self.shards]))
+        whole = [np.load(shard) for shard in self.shards]
+        return fields(np.concatenate([records for records in whole if len(records)]))
 
     def missing(self) -> np.ndarray:
         """The numbers [n] of the items without a record; needs the field `index`."""

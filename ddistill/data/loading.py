@@ -1,0 +1,185 @@
+"""Batches from items that are read one by one: shuffled, read ahead, and each a pure function of the step.
+
+grain's `MapDataset` is random access by position through shuffling, repetition and augmentation, so that the state of
+its iterator is a number, and the step of a checkpoint is that number: resuming needs nothing else to be saved.
+"""
+
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ddistill.data.arrays import Source
+
+PyTree = Any
+
+
+class Unreadable(ValueError):
+    """An item that cannot be used: its name and why."""
+
+
+class Items(Protocol):
+    """Random access to the items of a dataset, by several threads at a time."""
+
+    def __len__(self) -> int:
+        """Their number."""
+
+    def __getitem__(self, i: int) -> Any:
+        """Read item i. Raises Unreadable where it is damaged."""
+
+    def finish(self, item: Any, rng: np.random.Generator) -> dict[str, PyTree]:
+        """A row of a batch from an item that was read, with what is random about it."""
+
+
+class Readable:
+    """Items in which others, drawn for each, stand in for those that cannot be read; `skipped` names these, and why.
+
+    Raises ValueError, naming the first of them, when `tries` draws in a row give none that can be read.
+    """
+
+    def __init__(self, items: Items, tries: int = 100):
+        self.items, self.tries = items, tries
+        self.skipped: dict[int, str] = {}
+        self.finish = items.finish
+
+    def __len__(self) -> int:
+        """The number of items, those that cannot be read included."""
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Any:
+        """Item i, or the one that stands in for it."""
+        i = operator.index(i)
+        if i not in self.skipped and (item := self._read(i)) is not None:
+            return item
+        others = np.random.default_rng(i).integers(len(self), size=self.tries)
+        for other in map(int, others):
+            if other not in self.skipped and (item := self._read(other)) is not None:
+                return item
+        raise ValueError(
+            f"none of {self.tries} items drawn in a row can be read, and {len(self.skipped)} of {len(self)} are known "
+            f"not to be; the first: {self.skipped[i]}"
+        )
+
+    def _read(self, i: int) -> Any:
+        try:
+            return self.items[i]
+        except Unreadable as error:
+            self.skipped[i] = str(error)
+            return None
+
+    def told(self) -> str | None:
+        """Those that were met and could not be read, in words; None if there were none."""
+        return told(list(self.skipped.values()))
+
+
+def told(skipped: list[str]) -> str | None:
+    """Items that were skipped, in words: how many, and every one; None for none."""
+    lines = "".join(f"\n  {line}" for line in sorted(skipped))
+    return f"{len(skipped)} items could not be read and were skipped:{lines}" if skipped else None
+
+
+def loader(
+    items: Items,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    part: tuple[int, int] = (0, 1),
+    threads: int | None = None,
+    ahead: int = 2,
+) -> Source:
+    """Shuffled batches of items, each item once in an epoch; a batch that crosses an epoch goes on in the next one.
+
+    Row r of step n is the item at position n batch_size + r of an endless stream, finished with random numbers of
+    (seed, position): batches depend on the seed and the step alone. part: (p, P) gives part p of P of each batch, equal
+    numbers of rows in order, for P processes that share it. threads: that read, as many as there are cores by default;
+    they keep `ahead` batches ready after the last one asked for, and asking for another step than the next starts anew
+    from there.
+    Raises ValueError for counts below 1, a negative seed, and where P does not divide batch_size.
+    """
+    index, rows = part[0], part_size(batch_size, part)
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or larger.")
+    if not len(items):
+        raise ValueError("there are no items to read")
+    import grain  # slow
+
+    stream = grain.MapDataset.source(items).seed(seed).shuffle().repeat().random_map(items.finish)
+
+    def read(i: int) -> dict[str, PyTree]:
+        step, row = divmod(i, rows)
+        return stream[step * batch_size + index * rows + row]
+
+    running: tuple[int, Reading] | None = None
+
+    def source(step: int) -> dict[str, PyTree]:
+        nonlocal running
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0.")
+        if running is None or running[0] != step:
+            if running is not None:
+                running[1].close()
+            running = step, read_ahead(read, step * rows, sys.maxsize, ahead * rows, threads)
+        _, reading = running
+        running = None  # what raised is not asked again
+        batch = [next(reading) for _ in range(rows)]
+        running = step + 1, reading
+        return jax.tree.map(lambda *parts: np.stack(parts), *batch)
+
+    return source
+
+
+class Reading:
+    """An iterator whose values several threads make ahead of it; close it, or use it as a context manager."""
+
+    def __init__(self, values: Any):
+        self._values = values
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._values)
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._values.close()
+
+
+def read_ahead(read: Callable[[int], Any], first: int, stop: int, ahead: int, threads: int | None = None) -> Reading:
+    """read(first), …, read(stop − 1), `ahead` of which `threads` make before they are asked for.
+
+    threads: as many as there are cores, up to 32, by default.
+    """
+    import grain  # slow
+
+    threads = min(os.cpu_count() or 1, 32) if threads is None else threads
+    options = grain.ReadOptions(threads, max(threads, ahead))
+    return Reading(iter(grain.MapDataset.range(first, stop).map(read).to_iter_dataset(options)))
+
+
+def part_size(batch_size: int, part: tuple[int, int]) -> int:
+    """The rows of a batch that each of the processes in part = (p, P) holds. Raises ValueError unless P divides it."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    if batch_size % part[1]:
+        raise ValueError(f"a batch of {batch_size} does not split over {part[1]} processes: take a multiple")
+    return batch_size // part[1]
+
+
+def part_of(source: Source, batch_size: int, part: tuple[int, int]) -> Source:
+    """Part p of P of each batch of a source that gives whole ones: equal numbers of rows in order."""
+    if part == (0, 1):
+        return source
+    rows = part_size(batch_size, part)
+    return lambda step: jax.tree.map(lambda a: a[part[0] * rows : (part[0] + 1) * rows], source(step))
