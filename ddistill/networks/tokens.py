@@ -225,7 +225,8 @@ def text_of(cond: Any, channels: int, network: str) -> Prompt:
     if len(shape) != 3 or shape[-1] != channels:
         raise ValueError(f"{network} takes a text of states [B, L, {channels}]; given {list(shape)}")
     if prompt.mask is not None and prompt.mask.shape != shape[:2]:
-        raise ValueError(f"{network}: the mask of states {list(shape)} is {list(shape[:2])}; given {prompt.mask.shape}")
+        given = list(prompt.mask.shape)
+        raise ValueError(f"{network}: the mask of states {list(shape)} is {list(shape[:2])}; given {given}")
     return prompt
 
 
