@@ -2,8 +2,9 @@
 
 A path is the tensor's name, with the last part kernel (of a linear map or a convolution), scale (of a norm) or
 embedding for weight. Kernels are transposed: [out, in] to [in, out], [out, in, h, w] to [h, w, in, out]. Below
-`networks.layers.STACK` a parameter is the tensors of all
-blocks, "blocks.stack.norm.scale"[i] being "blocks.i.norm.weight".
+`networks.layers.STACK` a parameter is the tensors of all blocks, "blocks.stack.norm.scale"[i] being
+"blocks.i.norm.weight", and a number before it is that of the first: "blocks.13.stack.norm.scale"[i] is
+"blocks.{13 + i}.norm.weight".
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,9 +38,10 @@ def tensors_of(path: str, shape: tuple[int, ...]) -> list[Tensor]:
     if STACK not in parts:
         return [Tensor(".".join([*parts, last]), _foreign(leaf, shape))]
     at = parts.index(STACK)
+    before, after = parts[:at], parts[at + 1 :]
+    first = int(before.pop()) if before and before[-1].isdigit() else 0
     return [
-        Tensor(".".join([*parts[:at], str(i), *parts[at + 1 :], last]), _foreign(leaf, shape[1:]), i)
-        for i in range(shape[0])
+        Tensor(".".join([*before, str(first + i), *after, last]), _foreign(leaf, shape[1:]), i) for i in range(shape[0])
     ]
 
 
