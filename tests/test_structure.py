@@ -14,6 +14,7 @@ LINE = (
     {"features", "mixture", "integrators", "networks"},
     {"lora"},
     {"sample", "methods", "data", "hub"},
+    {"prompts"},
     {"train", "config"},
     {"stages", "quickstart", "datasets"},
     {"evaluate", "report"},
