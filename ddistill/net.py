@@ -193,7 +193,7 @@ class _Preconditioned:
 
     def outputs(self, params, rest, x, t, cond, *, s, key):
         """What each module answers on the way, by path; of several calls the last."""
-        module = self.definition(params, rest)
+        module = _unrolled(self.definition(params, rest))
         _, captured = self._raw(
             nnx.capture(module, nnx.Intermediate, method_outputs=nnx.Intermediate), x, t, cond, s, key
         )
@@ -205,6 +205,15 @@ class _Preconditioned:
         s_noise = None if s is None else self.precondition(self.process, s)[3]
         rngs = None if key is None else nnx.Rngs(dropout=key)
         return module(c_in * x, c_noise.reshape(t.shape), cond, s_noise, rngs=rngs)
+
+
+def _unrolled(module: nnx.Module) -> nnx.Module:
+    """A module whose stacks of blocks, run by a scan that no outputs leave, have become lists of blocks."""
+    for _, part in list(nnx.iter_modules(module)):
+        for name, child in list(vars(part).items()):
+            if hasattr(child, "unrolled"):
+                setattr(part, name, child.unrolled())
+    return module
 
 
 @dataclass(frozen=True)
@@ -262,6 +271,20 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
         )
     params, rest, definition = split(module)
     return Net(params, rest, _Preconditioned(definition, process, precondition))
+
+
+def module_of(net: Net) -> tuple[Definition, Process, Preconditioning]:
+    """The module of a network, and the process and preconditioning through which it is seen: `from_nnx` undone.
+
+    Of a network that was carried to another process (`retime`) these are its own. Raises ValueError for one that is
+    more than a module: guided, adapted, or two in one.
+    """
+    apply: Any = net.apply
+    while isinstance(apply, _Retimed):
+        apply = apply.apply
+    if not isinstance(apply, _Preconditioned):
+        raise ValueError(f"this network is {type(apply).__name__.strip('_')}, more than one module")
+    return apply.definition, apply.process, apply.precondition
 
 
 @jax.tree_util.register_dataclass

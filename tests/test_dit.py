@@ -21,11 +21,13 @@ from parity import (
     with_weights,
 )
 
+from ddistill.features import features
 from ddistill.hub.weights import params_from
-from ddistill.net import Scaled, split
+from ddistill.net import Scaled, VelocityPrecondition, from_nnx, split
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.dit import DiT, DiTConfig, from_original, original_config
 from ddistill.networks.tokens import positions
+from ddistill.process import flow
 
 TINY = DiTConfig(
     num_attention_heads=2,
@@ -125,15 +127,33 @@ def test_no_label_is_told_in_three_ways():
 
 def test_an_untrained_network_answers_zero_and_its_blocks_do_nothing():
     module = make(TINY)
-    block = nnx.merge(*_first_block(module))
     y = values(1, 2, 4, 4, TINY.width)
-    np.testing.assert_array_equal(block(y, values(2, 2, 16), values(3, 2, 256), np.array([0, 1])), y)
+    out = module.transformer_blocks(y, values(2, 2, 16), values(3, 2, 256), np.array([0, 1]))
+    np.testing.assert_array_equal(out, y)
     np.testing.assert_array_equal(module.proj_out_2.kernel, 0)
 
 
-def _first_block(module):
-    graph, state = nnx.split(module.transformer_blocks.stack)
-    return graph, jax.tree.map(lambda a: a[0], state)
+def test_features_are_what_each_block_answers():
+    params, rest, code = with_weights(make(TINY))
+    net = from_nnx(code(params, rest), flow(), VelocityPrecondition())
+    x, t = jnp.asarray(images(TINY)), jnp.array([0.2, 0.9])
+
+    @jax.jit
+    def run(x):
+        module = code(params, rest)
+        given = module.guidance(jnp.zeros(2)), module.waves(t), jnp.asarray([2, 5])
+        first = module.transformer_blocks.block(0)(module.pos_embed(x), *given)
+        second = module.transformer_blocks.block(1)(first, *given)
+        found = features(net, x, t, jnp.asarray(LABELS))
+        inside = features(net, x, t, jnp.asarray(LABELS), layers=["transformer_blocks.1.attn1"])
+        return found, inside, [first, second], module.transformer_blocks(module.pos_embed(x), *given)
+
+    found, inside, expected, last = run(x)
+    assert list(found) == ["transformer_blocks.0", "transformer_blocks.1"]
+    for feature, value in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(feature, value, atol=1e-5)
+    np.testing.assert_allclose(found["transformer_blocks.1"], last, atol=1e-5)
+    assert inside["transformer_blocks.1.attn1"].shape == (2, 4, 4, TINY.width)
 
 
 SIZES = {  # layers, heads, head size; parameters, in millions in table 1 of the paper

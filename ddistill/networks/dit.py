@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +132,7 @@ class DiT(nnx.Module):
             embedding = embedding + self.emb(waves, labels)
         tokens = self.transformer_blocks(tokens, embedding, waves, labels)
         if self.emb is None:
-            stacked: Any = self.transformer_blocks.stack
-            embedding = embedding + _first(stacked.norm1.emb)(waves, labels)  # as diffusers does
+            embedding = embedding + self.transformer_blocks.block(0).norm1.emb(waves, labels)  # as diffusers does
         shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(embedding)), 2, axis=-1)
         tokens = self.proj_out_2(modulated(tokens.astype(jnp.float32), shift, scale, 1e-6))
         return image_of(tokens, config.patch_size, config.in_channels)
@@ -198,11 +197,6 @@ class LabelEmbedding(nnx.Module):
     def __call__(self, labels: Array) -> Array:
         """[B] -> [B, D], float32."""
         return self.embedding_table(labels)
-
-
-def _first(stacked: Any) -> Any:
-    graph, state = nnx.split(stacked)
-    return nnx.merge(graph, jax.tree.map(lambda a: a[0], state))
 
 
 RENAMED = (

@@ -5,7 +5,7 @@ A module's parameter paths are the names of diffusers' tensors, with kernel, sca
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +91,10 @@ class TimestepEmbedding(nnx.Module):
     def __init__(self, size: int, width: int, out: int | None = None, *, condition: int | None = None, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(size, width, rngs=rngs)
         self.linear_2 = nnx.Linear(width, width if out is None else out, rngs=rngs)
-        self.cond_proj = None
-        if condition is not None:
-            zeros = nnx.initializers.zeros_init()
-            self.cond_proj = nnx.Linear(condition, size, use_bias=False, kernel_init=zeros, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.cond_proj = (
+            None if condition is None else nnx.Linear(condition, size, use_bias=False, kernel_init=zeros, rngs=rngs)
+        )
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """[B, size] -> [B, out], float32."""
@@ -156,3 +156,31 @@ class Stack(nnx.Module):
             return nnx.merge(graph, params, rest)(carry, *args), None
 
         return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, params)[0]
+
+    def block(self, number: int) -> Any:
+        """One of the blocks, by its number."""
+        graph, state = nnx.split(self.stack)
+        return nnx.merge(graph, jax.tree.map(lambda a: a[number], state))
+
+    def unrolled(self) -> "Unrolled":
+        """The same blocks one after the other, for what must see each of them by itself, such as `features`."""
+        return Unrolled([self.block(i) for i in range(self.depth)])
+
+
+class Unrolled(nnx.Module):
+    """Blocks one after the other, called as a `Stack` is; they are its attributes "0", "1" …."""
+
+    def __init__(self, blocks: Sequence[nnx.Module]):
+        self.depth = len(blocks)
+        for i, block in enumerate(blocks):
+            setattr(self, str(i), block)
+
+    def __call__(self, carry: Any, *args: Any) -> Any:
+        """Run all blocks."""
+        for i in range(self.depth):
+            carry = self.block(i)(carry, *args)
+        return carry
+
+    def block(self, number: int) -> Any:
+        """One of the blocks, by its number."""
+        return getattr(self, str(number))
