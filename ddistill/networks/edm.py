@@ -9,7 +9,7 @@ from iDDPMPrecond (`EpsPrecondition(time_offset=-1)` on `discrete_vp(squared_cos
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,8 @@ def downsample(x: Array, taps: Sequence[float], padding: int | None = None) -> A
     for axis in (1, 2):
         count = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
         x = jnp.pad(x, [(pad * (a == axis),) * 2 for a in range(x.ndim)])
-        x = sum(w * jax.lax.slice_in_dim(x, k, k + 2 * count - 1, 2, axis) for k, w in enumerate(weights))
+        terms = [w * jax.lax.slice_in_dim(x, k, k + 2 * count - 1, 2, axis) for k, w in enumerate(weights)]
+        x = sum(terms[1:], terms[0])
     return x
 
 
@@ -129,8 +130,7 @@ def upsample(x: Array, taps: Sequence[float]) -> Array:
     """Twice the size: zeros between the values of [B, H, W, C], filtered by taps; four times `downsample`'s adjoint."""
     batch, height, width, channels = x.shape
     large = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, channels), x.dtype)
-    (y,) = jax.linear_transpose(lambda y: downsample(y, taps), large)(x)
-    return 4 * y
+    return 4 * jax.linear_transpose(lambda y: downsample(y, taps), large)(x)[0]
 
 
 def rematerialised(call: Callable[..., Array], module: nnx.Module, *args: Any) -> Array:
@@ -148,8 +148,8 @@ class Init:
     """Initial weights of variance scale/fan, and biases uniform in ±spread/√fan_in."""
 
     scale: float
-    fan: str
-    distribution: str = "uniform"
+    fan: Literal["fan_in", "fan_avg"]
+    distribution: Literal["uniform", "normal"] = "uniform"
     spread: float = 0.0
 
     def kernel(self, key: Array, shape: Sequence[int]) -> Array:
@@ -308,12 +308,54 @@ class UNetBlock(nnx.Module):
         y = self.conv1(self.dropout(y, deterministic=key is None, rngs=key))
         x = (y + (x if self.skip is None else self.skip(x))) * self.style.skip
         if self.heads:
-            batch, height, width, channels = x.shape
+            batch, height, width, _ = x.shape
             # A channel of qkv is (head, channel of the head, which of the three).
             qkv = self.qkv(self.norm2(x)).reshape(batch, height * width, self.heads, -1, 3)
             a = attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
             x = (x + self.proj(a.reshape(x.shape))) * self.style.skip
         return x
+
+
+class Step(NamedTuple):
+    """One block of a UNet: its name, channels that come in and out, and what it does beside."""
+
+    name: str
+    inward: int
+    outward: int
+    kind: Literal["conv", "down", "up", "in", "block"]
+    attend: bool
+
+
+def plan(
+    resolution: int, image: int, first: int, sizes: Sequence[int], blocks: int, attend_at: Sequence[int]
+) -> tuple[list[Step], list[Step]]:
+    """The encoder and the decoder of a UNet of EDM or EDM2; a block of the decoder takes channels of the encoder too.
+
+    image, first, sizes: channels of images, after the first convolution, and at each level.
+    """
+    encoder, decoder = [], []
+    channels = image
+    for level, size in enumerate(sizes):
+        res = resolution >> level
+        if level == 0:
+            encoder.append(Step(f"{res}x{res}_conv", channels, first, "conv", False))
+            channels = first
+        else:
+            encoder.append(Step(f"{res}x{res}_down", channels, channels, "down", False))
+        for i in range(blocks):
+            encoder.append(Step(f"{res}x{res}_block{i}", channels, size, "block", res in attend_at))
+            channels = size
+    skips = [step.outward for step in encoder]
+    for level, size in reversed(list(enumerate(sizes))):
+        res = resolution >> level
+        if level == len(sizes) - 1:
+            decoder += [Step(f"{res}x{res}_in{i}", channels, channels, "in", i == 0) for i in (0, 1)]
+        else:
+            decoder.append(Step(f"{res}x{res}_up", channels, channels, "up", False))
+        for i in range(blocks + 1):
+            decoder.append(Step(f"{res}x{res}_block{i}", channels + skips.pop(), size, "block", res in attend_at))
+            channels = size
+    return encoder, decoder
 
 
 class FourierEmbedding(nnx.Module):
@@ -328,16 +370,14 @@ class FourierEmbedding(nnx.Module):
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def one_hot(cond: PyTree, batch: int, classes: int, network: str) -> tuple[Array | None, Array | None]:
+def one_hot(cond: PyTree, batch: int, classes: int, network: str) -> tuple[Array, Array | None]:
     """Labels as one-hot vectors [B, classes], zero for −1, `classes` and no labels, and the guidance scale that came.
 
     Raises ValueError for labels that a network without classes is given.
     """
     labels, w = unscaled(cond)
-    if not classes:
-        if labels is not None:
-            raise ValueError(f"this {network} was built without classes (label_dim = 0) and cannot take cond")
-        return None, w
+    if not classes and labels is not None:
+        raise ValueError(f"this {network} was built without classes (label_dim = 0) and cannot take cond")
     return jax.nn.one_hot(labels_or_none(labels, batch, classes), classes), w
 
 
@@ -369,8 +409,14 @@ class SongUNet(nnx.Module):
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         move: dict[str, Any] = {"taps": config.resample_filter, **common}
 
-        def block(inward: int, outward: int, **options) -> UNetBlock:
-            return UNetBlock(inward, outward, width, SONG, dropout=config.dropout, remat=remat, **options, **move)
+        def block(step: Step, attend: bool) -> UNetBlock:
+            moves: dict[str, Any] = {
+                "up": step.kind == "up",
+                "down": step.kind == "down",
+                "attend": attend,
+                "dropout": config.dropout,
+            }
+            return UNetBlock(step.inward, step.outward, width, SONG, remat=remat, **moves, **move)
 
         if config.embedding_type == "positional":
             self.map_noise: Any = Sinusoidal(noise, flip=False, shift=1.0)
@@ -385,41 +431,29 @@ class SongUNet(nnx.Module):
         self.target = Extra(noise, EXTRA, rngs=rngs)
         self.guidance = Extra(noise, EXTRA, rngs=rngs)
 
-        enc: dict[str, nnx.Module] = {}
-        skips = []
-        channels = aux = config.in_channels
-        for level, mult in enumerate(config.channel_mult):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == 0:
-                enc[f"{name}_conv"] = Conv(channels, config.model_channels, 3, XAVIER, **common)
-                channels = config.model_channels
+        sizes = [config.model_channels * m for m in config.channel_mult]
+        encoder, decoder = plan(
+            config.img_resolution, config.in_channels, config.model_channels, sizes, config.num_blocks,
+            config.attn_resolutions,
+        )  # fmt: skip
+        enc: dict[str, Any] = {}
+        aux = config.in_channels
+        for step in encoder:
+            if step.kind == "conv":
+                enc[step.name] = Conv(step.inward, step.outward, 3, XAVIER, **common)
             else:
-                enc[f"{name}_down"] = block(channels, channels, down=True)
-                if config.encoder_type == "residual":
-                    enc[f"{name}_aux_residual"] = Conv(aux, channels, 3, XAVIER, down=True, fused=True, **move)
-                    aux = channels
-            skips.append(channels)
-            for i in range(config.num_blocks):
-                inward, channels = channels, config.model_channels * mult
-                enc[f"{name}_block{i}"] = block(inward, channels, attend=res in config.attn_resolutions)
-                skips.append(channels)
-
-        dec: dict[str, nnx.Module] = {}
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == len(config.channel_mult) - 1:
-                dec[f"{name}_in0"] = block(channels, channels, attend=True)
-                dec[f"{name}_in1"] = block(channels, channels)
-            else:
-                dec[f"{name}_up"] = block(channels, channels, up=True)
-            for i in range(config.num_blocks + 1):
-                inward, channels = channels + skips.pop(), config.model_channels * mult
-                attend = i == config.num_blocks and res in config.attn_resolutions
-                dec[f"{name}_block{i}"] = block(inward, channels, attend=attend)
-        dec[f"{name}_aux_norm"] = normalisation(channels, SONG.epsilon)
-        dec[f"{name}_aux_conv"] = Conv(channels, config.out_channels, 3, SONG.last, **common)
+                enc[step.name] = block(step, step.attend)
+            if step.kind == "down" and config.encoder_type == "residual":
+                name = step.name.replace("down", "aux_residual")
+                enc[name] = Conv(aux, step.outward, 3, XAVIER, down=True, fused=True, **move)
+                aux = step.outward
+        dec: dict[str, Any] = {}
+        for step in decoder:  # of a level's blocks the last alone attends
+            last = step.kind != "block" or step.name.endswith(f"block{config.num_blocks}")
+            dec[step.name] = block(step, step.attend and last)
+        name = f"{config.img_resolution}x{config.img_resolution}"
+        dec[f"{name}_aux_norm"] = normalisation(sizes[0], SONG.epsilon)
+        dec[f"{name}_aux_conv"] = Conv(sizes[0], config.out_channels, 3, SONG.last, **common)
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         self.order = tuple(enc), tuple(dec)  # merged modules have their names sorted
 
@@ -446,7 +480,7 @@ class SongUNet(nnx.Module):
         emb = jax.nn.silu(self.map_layer1(jax.nn.silu(self.map_layer0(emb))))
 
         encoder, decoder = self.order
-        skips = []
+        skips: list[Array] = []
         aux = x
         for name in encoder:
             module = self.enc[name]
@@ -473,8 +507,11 @@ class DhariwalUNet(nnx.Module):
         first, width = config.model_channels, config.model_channels * config.channel_mult_emb
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
 
-        def block(inward: int, outward: int, **options) -> UNetBlock:
-            return UNetBlock(inward, outward, width, DHARIWAL, dropout=config.dropout, remat=remat, **options, **common)
+        def block(step: Step) -> UNetBlock:
+            moves: dict[str, Any] = {"up": step.kind == "up", "down": step.kind == "down", "dropout": config.dropout}
+            return UNetBlock(
+                step.inward, step.outward, width, DHARIWAL, attend=step.attend, remat=remat, **moves, **common
+            )
 
         self.map_noise = Sinusoidal(first)
         self.map_augment = (
@@ -487,39 +524,19 @@ class DhariwalUNet(nnx.Module):
         self.target = Extra(width, EXTRA, rngs=rngs)
         self.guidance = Extra(width, EXTRA, rngs=rngs)
 
-        enc: dict[str, nnx.Module] = {}
-        skips = []
-        channels = config.in_channels
-        for level, mult in enumerate(config.channel_mult):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == 0:
-                enc[f"{name}_conv"] = Conv(channels, first * mult, 3, TORCH, **common)
-                channels = first * mult
-            else:
-                enc[f"{name}_down"] = block(channels, channels, down=True)
-            skips.append(channels)
-            for i in range(config.num_blocks):
-                inward, channels = channels, first * mult
-                enc[f"{name}_block{i}"] = block(inward, channels, attend=res in config.attn_resolutions)
-                skips.append(channels)
-
-        dec: dict[str, nnx.Module] = {}
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == len(config.channel_mult) - 1:
-                dec[f"{name}_in0"] = block(channels, channels, attend=True)
-                dec[f"{name}_in1"] = block(channels, channels)
-            else:
-                dec[f"{name}_up"] = block(channels, channels, up=True)
-            for i in range(config.num_blocks + 1):
-                inward, channels = channels + skips.pop(), first * mult
-                dec[f"{name}_block{i}"] = block(inward, channels, attend=res in config.attn_resolutions)
+        sizes = [first * m for m in config.channel_mult]
+        encoder, decoder = plan(
+            config.img_resolution, config.in_channels, sizes[0], sizes, config.num_blocks, config.attn_resolutions
+        )
+        conv, *steps = encoder
+        enc: dict[str, Any] = {conv.name: Conv(conv.inward, conv.outward, 3, TORCH, **common)} | {
+            s.name: block(s) for s in steps
+        }
+        dec: dict[str, Any] = {step.name: block(step) for step in decoder}
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         self.order = tuple(enc), tuple(dec)  # merged modules have their names sorted
-        self.out_norm = normalisation(channels, DHARIWAL.epsilon)
-        self.out_conv = Conv(channels, config.out_channels, 3, DHARIWAL.last, **common)
+        self.out_norm = normalisation(sizes[0], DHARIWAL.epsilon)
+        self.out_conv = Conv(sizes[0], config.out_channels, 3, DHARIWAL.last, **common)
 
     def __call__(
         self,

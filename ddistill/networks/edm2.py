@@ -19,6 +19,7 @@ from jax import Array
 from ddistill.net import PyTree
 from ddistill.networks.edm import (
     EXTRA,
+    Step,
     check_filter,
     check_image,
     check_levels,
@@ -26,6 +27,7 @@ from ddistill.networks.edm import (
     downsample,
     dropout_key,
     one_hot,
+    plan,
     rematerialised,
     upsample,
 )
@@ -183,7 +185,7 @@ class Block(nnx.Module):
             x = self.conv_skip(x)
         x = mp_sum(x, y, config.res_balance)
         if self.attn_qkv is not None and self.attn_proj is not None:
-            batch, height, width, channels = x.shape
+            batch, height, width, _ = x.shape
             # A channel of qkv is (head, channel of the head, which of the three).
             qkv = unit(self.attn_qkv(x).reshape(batch, height * width, self.heads, -1, 3), -2)
             a = attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
@@ -207,8 +209,14 @@ class EDM2UNet(nnx.Module):
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         single: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
 
-        def block(inward: int, outward: int, **options) -> Block:
-            return Block(inward, outward, width, config, remat=remat, **options, **common)
+        def block(step: Step, decode: bool) -> Block:
+            moves: dict[str, Any] = {
+                "up": step.kind == "up",
+                "down": step.kind == "down",
+                "attend": step.attend,
+                "decode": decode,
+            }
+            return Block(step.inward, step.outward, width, config, remat=remat, **moves, **common)
 
         self.out_gain = nnx.Param(jnp.zeros(()))
         self.emb_fourier = MPFourier(noise, rngs=rngs)
@@ -217,39 +225,17 @@ class EDM2UNet(nnx.Module):
         self.target = Extra(width, EXTRA, rngs=rngs)
         self.guidance = Extra(width, EXTRA, rngs=rngs)
 
-        enc: dict[str, nnx.Module] = {}
-        skips = []
-        channels = config.img_channels + 1
-        for level, size in enumerate(sizes):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == 0:
-                enc[f"{name}_conv"] = MPConv(channels, size, 3, **common)
-                channels = size
-            else:
-                enc[f"{name}_down"] = block(channels, channels, down=True)
-            skips.append(channels)
-            for i in range(config.num_blocks):
-                enc[f"{name}_block{i}"] = block(channels, size, attend=res in config.attn_resolutions)
-                channels = size
-                skips.append(channels)
-
-        dec: dict[str, nnx.Module] = {}
-        for level, size in reversed(list(enumerate(sizes))):
-            res = config.img_resolution >> level
-            name = f"{res}x{res}"
-            if level == len(sizes) - 1:
-                dec[f"{name}_in0"] = block(channels, channels, decode=True, attend=True)
-                dec[f"{name}_in1"] = block(channels, channels, decode=True)
-            else:
-                dec[f"{name}_up"] = block(channels, channels, decode=True, up=True)
-            for i in range(config.num_blocks + 1):
-                attend = res in config.attn_resolutions
-                dec[f"{name}_block{i}"] = block(channels + skips.pop(), size, decode=True, attend=attend)
-                channels = size
+        encoder, decoder = plan(
+            config.img_resolution, config.img_channels + 1, sizes[0], sizes, config.num_blocks, config.attn_resolutions
+        )
+        conv, *steps = encoder
+        enc: dict[str, Any] = {conv.name: MPConv(conv.inward, conv.outward, 3, **common)} | {
+            s.name: block(s, False) for s in steps
+        }
+        dec: dict[str, Any] = {step.name: block(step, True) for step in decoder}
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         self.order = tuple(enc), tuple(dec)  # merged modules have their names sorted
-        self.out_conv = MPConv(channels, config.img_channels, 3, **common)
+        self.out_conv = MPConv(sizes[0], config.img_channels, 3, **common)
 
     def __call__(
         self,
@@ -265,7 +251,7 @@ class EDM2UNet(nnx.Module):
         check_image(x, config.img_channels, len(config.channel_mult), "EDM2UNet")
         labels, w = one_hot(cond, len(x), config.label_dim, "EDM2UNet")
         emb = self.emb_noise(self.emb_fourier(c_noise))
-        if self.emb_label is not None and labels is not None:
+        if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(config.label_dim)), config.label_balance)
         if s_noise is not None:
             emb = emb + self.target(s_noise)
