@@ -7,7 +7,7 @@ A module's parameter paths are the names of diffusers' tensors, with kernel, sca
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,27 @@ from ddistill.networks import flash
 
 STACK = "stack"
 """The part of a path below which parameters have a leading axis, the number of the block."""
+
+
+class _Keys:
+    def __init__(self, key: Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> Array:
+        key = jax.random.fold_in(self.key, self.count)
+        self.count += 1
+        return key
+
+    __call__ = params
+
+
+def rngs_of(key: Array | int) -> nnx.Rngs:
+    """The keys of nnx.Rngs(key) for making a module, counted in Python.
+
+    nnx.Rngs counts in an array. Under `nnx.eval_shape` every count searches all that was traced before, so that a
+    Stable Diffusion takes five times as long.
+    """
+    return cast(nnx.Rngs, _Keys(jax.random.key(key) if isinstance(key, int) else key))
 
 
 class Linear(nnx.Linear):
@@ -145,7 +166,7 @@ class Stack(nnx.Module):
         if depth < 1:
             raise ValueError(f"a stack of {depth} blocks: give at least one")
         self.depth, self.remat = depth, remat
-        self.stack = nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+        self.stack = nnx.vmap(lambda key: make(rngs_of(key)))(jax.random.split(rngs.params(), depth))
 
     def __call__(self, carry: Any, *args: Any) -> Any:
         """Run all blocks; carry is a pytree of arrays, args are the same for all blocks."""
