@@ -120,7 +120,8 @@ def downsample(x: Array, taps: Sequence[float], padding: int | None = None) -> A
     pad = (len(taps) - 1) // 2 if padding is None else padding
     for axis in (1, 2):
         count = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
-        x = jnp.pad(x, [(pad * (a == axis),) * 2 for a in range(x.ndim)])
+        around = (pad, pad)
+        x = jnp.pad(x, [around if a == axis else (0, 0) for a in range(x.ndim)])
         terms = [w * jax.lax.slice_in_dim(x, k, k + 2 * count - 1, 2, axis) for k, w in enumerate(weights)]
         x = sum(terms[1:], terms[0])
     return x
@@ -130,12 +131,14 @@ def upsample(x: Array, taps: Sequence[float]) -> Array:
     """Twice the size: zeros between the values of [B, H, W, C], filtered by taps; four times `downsample`'s adjoint."""
     batch, height, width, channels = x.shape
     large = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, channels), x.dtype)
-    return 4 * jax.linear_transpose(lambda y: downsample(y, taps), large)(x)[0]
+    (y,) = jax.linear_transpose(lambda y: downsample(y, taps), large)(x)
+    return 4 * y
 
 
 def rematerialised(call: Callable[..., Array], module: nnx.Module, *args: Any) -> Array:
     """call(module, *args) of which nothing is kept for the backward pass but module and args."""
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
 
     def pure(params, *args):
         return call(nnx.merge(graph, params, rest), *args)
