@@ -24,6 +24,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from ddistill import sharding  # noqa: E402
+
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="with torch: write tests/references anew")
@@ -34,3 +36,13 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Trainings use one of the eight devices, for tests that are not about many: these compile in less time."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=auto)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda fsdp=1: mesh)
+        yield mesh

@@ -1,6 +1,7 @@
 """Consistency trajectory models in a linear world: N(0, c²), exact map x_t √(α_s² c² + σ_s²)/√(α_t² c² + σ_t²)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def test_a_jump_to_the_data_from_neighbouring_nodes_is_consistency_distillation(
         nets = {"teacher": gaussian_teacher(process), "student": Net({"a": a}, {}, apply)}
         return config(process).losses["student"](nets, {"x": x}, Progress(0), jax.random.key(1))[0]
 
-    expected, got = (jax.value_and_grad(lambda a, c=config: loss(c, a))(0.3) for config in (cd, ctm))
+    expected, got = (jax.jit(jax.value_and_grad(functools.partial(loss, config)))(0.3) for config in (cd, ctm))
     assert expected[0] > 1e-2
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -200,30 +201,32 @@ def test_the_adaptive_weight_is_the_quotient_of_the_gradients_at_the_last_layer(
 
 def test_denoising_is_learnt_on_the_diagonal():
     # Around the posterior mean D: L(D + a x) − L(D) = a² E w x² + 2 a E w x (D − x0), the last with mean 0.
-    process, n, seen = edm(), 200_000, []
-    x = C * jax.random.normal(jax.random.key(0), (n, 1))
+    process, n = edm(), 200_000
+    config = dataclasses.replace(SIMPLE, dsm=1.0, dsm_times=LogNormal(-1.2, 0.5), gap=(1.0, 1.0))
 
-    def student(p, r, x, t, c, *, s, key):
-        seen.append((t, s))
-        return gaussian_teacher(process)(x, t) + p["a"] * x
-
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def dsm(a):
-        seen.clear()
-        config = dataclasses.replace(SIMPLE, dsm=1.0, dsm_times=LogNormal(-1.2, 0.5), gap=(1.0, 1.0))
-        loss = config(process).losses["student"]
-        nets = {"teacher": gaussian_teacher(process), "student": Net({"a": a}, {}, student)}
-        return loss(nets, {"x": x}, Progress(0), jax.random.key(1))[1]["dsm"]
+        seen = []
 
-    value, gradient = jax.value_and_grad(dsm)(0.0)
-    t, s = seen[-1]
-    assert t is s or np.array_equal(t, s)
+        def student(p, r, x, t, c, *, s, key):
+            seen.append((t, s))
+            return gaussian_teacher(process)(x, t) + p["a"] * x
+
+        x = C * jax.random.normal(jax.random.key(0), (n, 1))
+        nets = {"teacher": gaussian_teacher(process), "student": Net({"a": a}, {}, student)}
+        loss = config(process).losses["student"]
+        return loss(nets, {"x": x}, Progress(0), jax.random.key(1))[1]["dsm"], seen[-1]
+
+    (value, (t, s)), gradient = dsm(0.0)
+    np.testing.assert_array_equal(t, s)
     # w = 1/t² + 1/c² and Var[x0 | x_t] = 1/w: the least loss is 1, its gradient's standard error 2 √(E w x²/n).
     assert float(value) == pytest.approx(1, abs=0.02)
-    power = 1 + float(jnp.mean(C**2 / t**2 + t**2 / C**2 + 1))
+    power = 1 + float(np.mean(C**2 / np.square(t) + np.square(t) / C**2 + 1))
     assert abs(float(gradient)) < 4 * 2 * np.sqrt(power / n)
     exact = dataclasses.replace(SIMPLE, dsm=1.0, exact=True)
     assert evaluate(exact, process, exact_student(process))[1]["dsm"] < 1e-10  # the teacher in place of x0
-    assert float(dsm(0.2)) - float(value) == pytest.approx(0.04 * power, rel=0.1)
+    assert float(dsm(0.2)[0][0]) - float(value) == pytest.approx(0.04 * power, rel=0.1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -293,7 +296,7 @@ def test_an_adversary_is_heard_from_its_share_of_the_steps_on():
             nets = {"teacher": gaussian_teacher(edm()), "student": student, "discriminator": JUDGE}
             return loss(nets, {"x": x}, Progress(step, 100), jax.random.key(1))
 
-        (value, metrics), gradient = jax.value_and_grad(of, has_aux=True)(inner_outer(a, b))
+        (value, metrics), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(inner_outer(a, b))
         return value, metrics, gradient.params
 
     a, b = 0.7, 1.5
@@ -326,8 +329,8 @@ def test_the_diagonal_is_a_teacher_for_every_integrator():
     process = edm()
     student, x = exact_student(process), 80 * jax.random.normal(jax.random.key(0), (5, 2))
     for integrator, grid in ((heun, grids.karras(process, 9)), (dpmpp_2m, grids.karras(process, 12))):
-        expected = integrator(gaussian_teacher(process).bind(), process, grid, x).x
-        np.testing.assert_allclose(integrator(diagonal(student).bind(), process, grid, x).x, expected, rtol=1e-6)
+        ends = jax.jit(lambda net, x, f=integrator, grid=grid: f(net.bind(), process, grid, x).x)
+        np.testing.assert_allclose(ends(diagonal(student), x), ends(gaussian_teacher(process), x), rtol=1e-6)
 
 
 def test_sampling_follows_the_trajectory_at_any_number_of_steps():
@@ -335,10 +338,10 @@ def test_sampling_follows_the_trajectory_at_any_number_of_steps():
         method, x = CTM()(process), process.prior(jax.random.key(0), (5, 2))
         exact = x * C / deviation(process, jnp.full(5, process.t_max))
         assert method.sampling.gamma == 0
-        for steps in (1, 2, 5):
-            times = np.asarray(method.sampling.times(steps))
+        grids = [np.asarray(method.sampling.times(steps)) for steps in (1, 2, 5)]
+        ends = jax.jit(lambda x, p=process, grids=grids: [sample(exact_student(p), p, times, x).x for times in grids])
+        for steps, times, got in zip((1, 2, 5), grids, ends(x), strict=True):
             assert len(times) == steps + 1 and times[0] == np.float32(process.t_max) and times[-1] == 0
-            got = sample(exact_student(process), process, times, x).x
             np.testing.assert_allclose(got, exact, rtol=1e-3, atol=1e-5)
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
     np.testing.assert_allclose(flow_times(edm(), 2), [80, middle, 0], rtol=1e-5)
