@@ -153,8 +153,9 @@ def test_t5_tokens_are_cut_and_padded(tmp_path):
 KINDS = {
     "vocabulary and merges": lambda folder: write_clip_tokenizer(folder),
     "padding with a character": lambda folder: write_clip_tokenizer(folder, pad="!"),
-    "listed tokens": lambda folder: write_clip_tokenizer(
+    "listed tokens, which settle what pads": lambda folder: write_clip_tokenizer(
         folder,
+        pad="!",
         config={
             "added_tokens_decoder": {
                 str(len(CLIP_VOCAB)): {"content": "<cat>", "special": False, "lstrip": True},
