@@ -26,7 +26,7 @@ from ddistill.net import (
     VelocityPrecondition,
     VPrecondition,
 )
-from ddistill.process import Process
+from ddistill.process import EDM, DiscreteVP, Process
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class Kind:
     """A class of diffusers that there is a network for.
 
     module, name: where the network is, with its configuration, `name`Config. time_scale: what a flow's time t is
-    multiplied by before the network sees it. bias: the path of the bias to which everything is added that a student
-    reads of its target and its guidance scale.
+    multiplied by before the network sees it.
     """
 
     module: str
     name: str
     time_scale: float = 1000.0
-    bias: str = ""
 
     @property
     def folder(self) -> str:
@@ -135,7 +133,11 @@ def network_config(config: Mapping[str, Any]) -> Any:
     network does not do.
     """
     name = _class_of(config)
-    kind = KINDS[name].config
+    return parsed(KINDS[name].config, name, config)
+
+
+def parsed(kind: type, name: str, config: Mapping[str, Any]) -> Any:
+    """A config.json as a configuration of the class `kind`, of `name` in diffusers; raises as `network_config`."""
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     hints, fixed = typing.get_type_hints(kind), dict(getattr(kind, "FIXED", {}))
     given = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
@@ -164,9 +166,45 @@ def config_json(config: Any) -> dict[str, Any]:
     for name, kind in KINDS.items():
         if type(config).__name__ == f"{kind.name}Config":
             values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-            return {"_class_name": name, **values}
+            built_in = getattr(config, "OURS", {})
+            wrong = [f"{key} = {values[key]}, always {value}" for key, value in built_in.items() if values[key] != value]
+            if wrong:
+                raise ValueError(f"diffusers' {name} has no {'; no '.join(wrong)} there: it cannot hold this network")
+            return {"_class_name": name, **{key: v for key, v in values.items() if key not in built_in}}
     raise ValueError(
         f"{type(config).__name__} is the configuration of no diffusers class: known are {', '.join(KINDS)}"
+    )
+
+
+def scheduler_json(process: Process, precondition: Preconditioning) -> dict[str, Any]:
+    """A scheduler_config.json of which `diffusion_of` gives the process and preconditioning: the way back.
+
+    Raises ValueError for those that no supported scheduler is of.
+    """
+    schedule = process.schedule
+    outputs = [name for name, kind in _OUTPUTS.items() if precondition == kind(time_offset=-1.0)]
+    if isinstance(schedule, DiscreteVP) and outputs:
+        return {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": len(schedule.betas),
+            "trained_betas": list(schedule.betas),
+            "prediction_type": outputs[0],
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "timestep_spacing": "trailing",
+        }
+    if process == processes.flow() and isinstance(precondition, VelocityPrecondition):
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    if isinstance(schedule, EDM) and isinstance(precondition, EDMPrecondition | BoundaryPrecondition):
+        ends = {"sigma_min": process.t_min, "sigma_max": process.t_max, "sigma_data": precondition.sigma_data}
+        if precondition == BoundaryPrecondition(precondition.sigma_data, 1000.0):
+            return {"_class_name": _CONSISTENCY, "num_train_timesteps": 40, "clip_denoised": False, **ends}
+        if precondition == EDMPrecondition(precondition.sigma_data):
+            return {"_class_name": _EDMS[0], **ends}
+    raise ValueError(
+        f"no scheduler of diffusers is of {type(schedule).__name__} with {precondition}; those supported are of a "
+        "discrete process with time_offset = -1, of flow, and of EDM with its own preconditioning or the boundary one "
+        "with time_scale = 1000"
     )
 
 
@@ -193,20 +231,32 @@ def diffusion_of(scheduler: Mapping[str, Any], time_scale: float = 1000.0) -> tu
         raise ValueError(f"scheduler_config.json is of {name}; supported are {', '.join(known)}")
     if kind not in _OUTPUTS:
         raise ValueError(f"{name} with prediction_type = {kind!r} is not supported, only {', '.join(_OUTPUTS)}")
-    return processes.discrete_vp(_betas(name, scheduler)), _OUTPUTS[kind](time_offset=-1.0)
+    return processes.discrete_vp(_betas(scheduler)), _OUTPUTS[kind](time_offset=-1.0)
 
 
-def _betas(name: str, scheduler: Mapping[str, Any]) -> list[float]:
-    start, end, law = _SCHEDULERS[name]
-    law, table = scheduler.get("beta_schedule", law), scheduler.get("trained_betas")
-    if table is not None:
-        betas = [float(beta) for beta in table]
+def table_of(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a discrete scheduler that make its table of betas, those it leaves to its class's defaults too."""
+    start, end, law = _SCHEDULERS[scheduler["_class_name"]]
+    return {
+        "beta_start": scheduler.get("beta_start", start),
+        "beta_end": scheduler.get("beta_end", end),
+        "beta_schedule": scheduler.get("beta_schedule", law),
+        "trained_betas": scheduler.get("trained_betas"),
+        "rescale_betas_zero_snr": scheduler.get("rescale_betas_zero_snr", False),
+    }
+
+
+def _betas(scheduler: Mapping[str, Any]) -> list[float]:
+    table = table_of(scheduler)
+    law = table["beta_schedule"]
+    if table["trained_betas"] is not None:
+        betas = [float(beta) for beta in table["trained_betas"]]
     elif law in _BETAS:
         steps = scheduler.get("num_train_timesteps", 1000)
-        betas = list(_BETAS[law](steps, scheduler.get("beta_start", start), scheduler.get("beta_end", end)))
+        betas = list(_BETAS[law](steps, table["beta_start"], table["beta_end"]))
     else:
         raise ValueError(f"beta_schedule = {law!r} is not supported, only {', '.join(_BETAS)} and trained_betas")
-    return list(processes.zero_terminal_snr(betas)) if scheduler.get("rescale_betas_zero_snr", False) else betas
+    return list(processes.zero_terminal_snr(betas)) if table["rescale_betas_zero_snr"] else betas
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
