@@ -17,11 +17,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from ddistill import sharding
 from ddistill.hub.configs import read_json
+from ddistill.hub.load import read_params
 from ddistill.hub.tensors import open_tensors
 from ddistill.hub.tokenizer import Tokenizer, Tokens, open_tokenizer, tokenizer_settings
-from ddistill.hub.weights import check, params_from, tensors_of
 from ddistill.net import Definition, split
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.text import (
@@ -241,16 +240,12 @@ def _open_part(
     abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
     tensors: Mapping[str, Any] = open_tensors(folder, variant)
     tensors = t5_tensors(tensors) if kind == _T5 else clip_tensors(tensors, projection=kind == _CLIP_HEAD)
-    wanted = {path: tensors_of(path, leaf.shape) for path, leaf in abstract.items()}
-    check({t.name: t.shape for ts in wanted.values() for t in ts}, {name: t.shape for name, t in tensors.items()})
-    places = {} if mesh is None else sharding.state_shardings(mesh, abstract)
-    params = {}
-    for path, leaf in abstract.items():
-        # Matrices are cast to dtype anyway where they are used; the rest is small, and used in float32.
-        kept = jax.ShapeDtypeStruct(leaf.shape, dtype if path.endswith(".kernel") else leaf.dtype)
-        read = params_from({t.name: np.asarray(tensors[t.name]) for t in wanted[path]}, {path: kept})
-        params[path] = jax.device_put(read[path], places.get(path))
-    return _Part(tokenizer, params, rest, code)
+    # Matrices are cast to dtype where they are used anyway; the rest is small, and used in float32.
+    kept = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype if path.endswith(".kernel") else leaf.dtype)
+        for path, leaf in abstract.items()
+    }
+    return _Part(tokenizer, read_params(tensors, kept, mesh), rest, code)
 
 
 def _encoder_config(raw: Mapping[str, Any], kind: type, folder: Path, name: str) -> Any:

@@ -109,15 +109,31 @@ def network_from(
     read, kept = plan(tensors, abstract)
     new = _extras(make, kept)
     shapes = {path: abstract.params[path] for path in abstract.params}
-    places = sharding.state_shardings(mesh, shapes) if mesh is not None else {}
-    params = {}
-    for path, leaf in shapes.items():
-        where = places.get(path, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-        params[path] = (
-            _read(path, leaf, read[path], tensors, where) if path in read else jax.device_put(new[path], where)
-        )
+    params = {
+        path: _read(path, shapes[path], read[path], tensors, where)
+        if path in read
+        else jax.device_put(new[path], where)
+        for path, where in _places(shapes, mesh).items()
+    }
     rest = {path: _buffer(path, leaf, tensors) if path in read else new[path] for path, leaf in abstract.rest.items()}
     return abstract.replace(params=params, rest=rest)
+
+
+def read_params(
+    tensors: Mapping[str, StoredTensor | np.ndarray],
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """Parameters of these paths, shapes and dtypes, each read straight to where it lies on the devices.
+
+    For networks that are no denoisers. mesh: as for `load_network`. Raises ValueError that lists every tensor that is
+    missing, not expected or of another shape.
+    """
+    wanted = {path: tensors_of(path, leaf.shape) for path, leaf in params.items()}
+    check({t.name: t.shape for ts in wanted.values() for t in ts}, {n: np.shape(a) for n, a in tensors.items()})
+    return {
+        path: _read(path, params[path], wanted[path], tensors, where) for path, where in _places(params, mesh).items()
+    }
 
 
 def plan(tensors: Mapping[str, Any], net: Net) -> tuple[dict[str, list[Tensor]], set[str]]:
@@ -134,6 +150,13 @@ def plan(tensors: Mapping[str, Any], net: Net) -> tuple[dict[str, list[Tensor]],
     if odd:
         raise ValueError(f"weights should be floating-point numbers: {'; '.join(odd[:8])}")
     return read, {path for path in (*net.params, *net.rest) if path not in read}
+
+
+def _places(params: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Where each parameter lies: on the mesh, or without one on one device."""
+    if mesh is None:
+        return dict.fromkeys(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return sharding.state_shardings(mesh, dict(params))
 
 
 def _left_out(path: str, parts: list[Tensor], tensors: Mapping[str, Any]) -> bool:
