@@ -22,6 +22,7 @@ from parity import (
 )
 
 from ddistill.features import features
+from ddistill.hub.configs import config_json
 from ddistill.hub.weights import params_from
 from ddistill.net import Scaled, VelocityPrecondition, from_nnx, split
 from ddistill.networks.conditions import Prompt
@@ -45,7 +46,6 @@ CASES = {
 }
 TIMES = np.array([3.0, 812.5], np.float32)
 LABELS = np.array([2, -1])
-OURS = {"freq_shift", "shared_embedding"}
 
 
 def make(config, **options):
@@ -74,7 +74,7 @@ def test_equals_diffusers(case, request):
     from diffusers import DiTTransformer2DModel
 
     config = CASES[case]
-    model = DiTTransformer2DModel(**{k: v for k, v in vars(config).items() if k not in OURS})
+    model = DiTTransformer2DModel(**{k: v for k, v in vars(config).items() if k not in DiTConfig.OURS})
     labels = torch.from_numpy(np.where(LABELS < 0, config.num_embeds_ada_norm, LABELS))
 
     def call(model, x):
@@ -292,7 +292,7 @@ def test_original_names_become_diffusers():
 
     tensors = original(depth=3)
     config = original_config(tensors, heads=2)
-    model = DiTTransformer2DModel(**{k: v for k, v in vars(config).items() if k not in OURS})
+    model = DiTTransformer2DModel(**{k: v for k, v in vars(config).items() if k not in DiTConfig.OURS})
     model.load_state_dict({n: torch.from_numpy(a) for n, a in from_original(tensors).items()}, strict=True)
 
 
@@ -334,3 +334,9 @@ def test_wrong_inputs_are_told():
         DiTConfig(out_channels=3)
     with pytest.raises(ValueError, match="a width that 4 divides; given 6"):
         positions(2, 2, 6, base=2)
+
+
+def test_diffusers_config_holds_what_its_class_can():
+    assert set(config_json(TINY)) == {"_class_name", *vars(TINY)} - set(DiTConfig.OURS)
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel cannot hold.*freq_shift is 0\.0, there always 1\.0"):
+        config_json(replace(TINY, freq_shift=0.0))

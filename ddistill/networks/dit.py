@@ -67,6 +67,9 @@ class DiTConfig:
     }
     """Options of diffusers at the only values supported."""
 
+    OURS: ClassVar[Mapping[str, object]] = {"freq_shift": 1.0, "shared_embedding": False}
+    """Options that diffusers does not have, at the values that its class has built in."""
+
     def __post_init__(self):
         if self.channels_out < self.in_channels:
             raise ValueError(
@@ -233,16 +236,15 @@ def from_original(tensors: Mapping[str, np.ndarray], *, shared: bool = False) ->
             if re.match(old, name):
                 parts = zip("qkv", np.split(tensor, 3), strict=True) if "{}" in new else [("", tensor)]
                 renamed |= {re.sub(old, new, name, count=1).format(part): a for part, a in parts}
-    if shared:
-        return renamed
-    blocks = sorted({name.split(".")[1] for name in renamed if name.startswith("transformer_blocks.")}, key=int)
-    copies = {
-        f"transformer_blocks.{block}.norm1.{name}": tensor
-        for name, tensor in renamed.items()
-        if name.startswith("emb.")
-        for block in blocks
-    }
-    return {name: tensor for name, tensor in renamed.items() if not name.startswith("emb.")} | copies
+    return renamed if shared else per_block(renamed)
+
+
+def per_block(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of a DiT of one shared embedding as those of one that has it in every block, as diffusers' have."""
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}
+    shared = {name: tensor for name, tensor in tensors.items() if name.startswith("emb.")}
+    copies = {f"transformer_blocks.{i}.norm1.{name}": tensor for i in blocks for name, tensor in shared.items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in shared} | copies
 
 
 def original_config(
