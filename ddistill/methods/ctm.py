@@ -71,7 +71,7 @@ class CTM:
     exact: bool = True
     last_layer: str = "outward.kernel"
     adversary: Adversary | None = None
-    adversary_weight: float = 1.0
+    adversary_weight: float = 0.1
     adversary_from: float = 0.5
     ema: float = 0.99
     rho: float = 7.0

@@ -33,7 +33,8 @@ class RectifiedFlow:
 
     Liu et al. 2022, eq. 1, with t = 0 the data: the minimum is E[ε − x0 | x_t], the flow of the coupling of ε and x0,
     and a student samples from t = 1 down by Euler steps. On data and independent noise it is 1-RF, and its start, the
-    teacher carried into flow, is its optimum already. With `pairs` it is a round of reflow. Either distance may be
+    teacher carried into flow, is its optimum already: a small `rate`, of the optimiser's, keeps the noise of that
+    coupling from undoing it. With `pairs` it is a round of reflow. Either distance may be
     None: d alone is the paper's, d' alone (that is t² ‖û − u‖²) its distillation, both are rf++ (Lee et al. 2024).
     """
 
@@ -42,7 +43,8 @@ class RectifiedFlow:
     weighting: Weighting = field(default_factory=DataWeight)
     data_distance: Distance | None = None
     pairs: Pairs | None = None
-    ema: float = 0.99
+    rate: float = 0.03
+    ema: float = 0.999
     process: Process = field(default_factory=flow)
 
     def __call__(self, process: Process) -> Method:
@@ -68,6 +70,7 @@ class RectifiedFlow:
         return Method(
             losses={"student": loss},
             init={"student": from_teacher},
+            rate={"student": self.rate},
             ema={"ema": ("student", self.ema)},
             needs=frozenset({"x"} if self.pairs is None else {"x", "noise"}),
             result="ema",
@@ -92,7 +95,7 @@ class Reflow:
     k: int = 3
     nodes: int = 8
     first: float = 0.5
-    regression: RectifiedFlow = field(default_factory=RectifiedFlow)
+    regression: RectifiedFlow = field(default_factory=lambda: RectifiedFlow(rate=1.0, ema=0.99))
     distance: Distance = field(default_factory=L2)
     count: int = 100_000
     teacher_steps: int = 96

@@ -31,7 +31,7 @@ def main(seeds: int = 3) -> dict:
     def error(net):
         return jnp.sqrt(jnp.mean((there.velocity(net(x, t), x, t) - exact) ** 2) / jnp.mean(exact**2))
 
-    method = RectifiedFlow()(plane.process)
+    method = RectifiedFlow(rate=1.0, ema=0.99)(plane.process)
 
     def naive(net):
         """The network's parameters, read as those of a velocity network of the flow."""

@@ -38,7 +38,7 @@ def main(seeds: int = 3, steps: int = 2400) -> dict:
 
     def one(seed):
         row: dict = {}
-        one_rf = Student(teacher, there, RectifiedFlow()(plane.process), plane)
+        one_rf = Student(teacher, there, RectifiedFlow(rate=1.0, ema=0.99)(plane.process), plane)
         names = ["1-RF: the exact teacher in flow time", "2-RF", "3-RF", "3-RF distilled"]
         students = [one_rf, *reflow.rounds(begin[seed], jax.random.key(seed))]
         for name, student in zip(names, students, strict=True):
