@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ddistill import sharding
-from ddistill.config import DigitsData, Experiment
+from ddistill.config import DigitsData, Experiment, Imported
 from ddistill.data.digits import load_digits
 from ddistill.evaluate.digits import Sampler, evaluate, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m, heun
@@ -58,8 +58,10 @@ def compare(
         where = None if workdir is None else workdir / name
         return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, workdir=where)[-1]
 
-    say("training the teacher")
-    teacher = train("teacher", [teacher_stage(first, data)], network)
+    teacher = network
+    if not isinstance(first.network, Imported):
+        say("training the teacher")
+        teacher = train("teacher", [teacher_stage(first, data)], network)
     plan = [teacher_sampler(teacher, process, heun, 18, "teacher, Heun")]
     plan += [teacher_sampler(teacher, process, dpmpp_2m, n, "teacher, DPM-Solver++(2M)") for n in (8, *steps)]
     wall = {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,19 @@ def truncate(update: Delta, rank: int) -> dict[str, Array | LowRank]:
         return LowRank(u[..., :rank] * s[..., None, :rank], v[..., :rank, :])
 
     return {path: one(path, value) for path, value in update.items()}
+
+
+def low_rank(student: Net, teacher: Net, rank: int) -> tuple[dict[str, Array | LowRank], float]:
+    """What a student learned as the nearest delta of at most this rank, without what is 0, and the share it leaves out.
+
+    That is ‖τ − τ_r‖/‖τ‖: the rounding of floats where an adapter of this rank was trained. Raises as `difference`.
+    """
+    changes: dict[str, Any] = difference(student, teacher)
+    learned = {path: change for path, change in changes.items() if np.any(change)}
+    near = truncate(learned, rank)
+    left = sum(float(jnp.sum((change - _full(near[p], change.shape)) ** 2)) for p, change in learned.items())
+    whole = sum(float(jnp.sum(change**2)) for change in learned.values())
+    return near, (left / whole) ** 0.5 if whole else 0.0
 
 
 def save(path: Path | str, update: Delta) -> None:

@@ -265,7 +265,7 @@ def export_lora(
     which are not the network's in diffusers. Raises ValueError where that is not nothing, and as `save_lora` does.
     """
     made = recipe(student, process, times, gamma, _scheduler_of(teacher))
-    extra = sorted(path for path, value in update.items() if path.startswith(OURS) and np.any(_up(value)))
+    extra = sorted(path for path, value in update.items() if path.startswith(OURS) and _is_any(value))
     if extra and not drop_target:
         raise ValueError(
             f"this student learned {', '.join(extra)}, which diffusers' network does not have: adapt other layers, "
@@ -296,7 +296,7 @@ def save_lora(to: Path | str, update: Delta, params: Mapping[str, Any], part: st
     the factor α/r, so that alpha is the rank. Updates that are 0 are left out. Raises ValueError for what such a file
     cannot hold: biases, embeddings and parameters trained whole.
     """
-    changed = {path: value for path, value in update.items() if np.any(_up(value))}
+    changed = {path: value for path, value in update.items() if _is_any(value)}
     whole = [path for path, value in changed.items() if not (isinstance(value, LowRank) and path.endswith(".kernel"))]
     if whole:
         raise ValueError(
@@ -312,8 +312,10 @@ def save_lora(to: Path | str, update: Delta, params: Mapping[str, Any], part: st
     save_file(arrays, to / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
-def _up(value: Array | LowRank) -> np.ndarray:
-    return np.asarray(value.up if isinstance(value, LowRank) else value)
+def _is_any(value: Array | LowRank) -> bool:
+    if isinstance(value, LowRank):
+        return bool(np.any(np.asarray(value.down)) and np.any(np.asarray(value.up)))
+    return bool(np.any(np.asarray(value)))
 
 
 def _factors(path: str, value: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
