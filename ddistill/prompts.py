@@ -105,9 +105,11 @@ def open_prompts(
         if i not in family.optional or (index.get(name) or [None])[-1]
     ]
 
+    codes = [(part.code, part.rest) for part in parts]
+
     @jax.jit
     def encode(params: Params, tokens: tuple[Tokens, ...]) -> Prompt:
-        modules = [part.code(p, part.rest) for part, p in zip(parts, params, strict=True)]
+        modules = [code(p, rest) for (code, rest), p in zip(codes, params, strict=True)]
         return family.combine(modules, tokens, how)
 
     zero = bool(index.get("force_zeros_for_empty_prompt", family is _SDXL))

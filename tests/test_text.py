@@ -229,7 +229,9 @@ def test_bad_inputs_are_told():
         make("text_t5")(jnp.zeros(5, int))
     with pytest.raises(ValueError, match="'quick_gelu' or 'gelu'"):
         CLIPTextConfig(hidden_act="silu")
-    with pytest.raises(ValueError, match="do(es)? not split into 7"):
+    with pytest.raises(ValueError, match=r"eos_token_id = \[1, 2\]"):
+        CLIPTextConfig(eos_token_id=[1, 2])
+    with pytest.raises(ValueError, match="does not split into 7"):
         CLIPTextConfig(num_attention_heads=7)
     with pytest.raises(ValueError, match="'gated-gelu'"):
         T5Config(feed_forward_proj="gated-silu")

@@ -442,8 +442,9 @@ def _in_slices(function, x: Array, at_once: int | None):
     if at_once < 1:
         raise ValueError(f"at_once = {at_once}: give how many pictures go through the autoencoder at a time, 1 or more")
     whole = len(x) // at_once * at_once
-    parts = jax.lax.map(function, x[:whole].reshape(-1, at_once, *x.shape[1:]))
-    joined = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), parts)
+    # A slice takes pictures from all over the batch: where devices share the batch, all of them work on each slice.
+    parts = jax.lax.map(function, x[:whole].reshape(at_once, -1, *x.shape[1:]).swapaxes(0, 1))
+    joined = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(whole, *a.shape[2:]), parts)
     if whole == len(x):
         return joined
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), joined, function(x[whole:]))

@@ -53,6 +53,8 @@ class CLIPTextConfig:
     def __post_init__(self):
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act = {self.hidden_act!r}: a CLIP text model has 'quick_gelu' or 'gelu'")
+        if not isinstance(self.eos_token_id, int):
+            raise ValueError(f"eos_token_id = {self.eos_token_id}: pooling needs one number, that of the end of a text")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size} does not split into {self.num_attention_heads} attention heads"
