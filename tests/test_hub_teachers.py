@@ -1,16 +1,20 @@
 """Imported teachers: what the import writes and refuses, and experiments on them."""
 
 import dataclasses
+import inspect
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, tensors_for, write_model, write_pipeline
+from test_pickles import snapshot  # noqa: F401
 
 from ddistill.cli import main
 from ddistill.config import Data, Experiment, Imported, resolved
 from ddistill.hub.load import load_network, open_diffusion
+from ddistill.hub.pickles import edm_net
 from ddistill.hub.teachers import check_teacher, import_teacher
 from ddistill.hub.tensors import open_tensors
 from ddistill.integrators import ddim
@@ -92,6 +96,20 @@ def test_an_import_that_fails_leaves_nothing(pipeline, tmp_path, monkeypatch, ca
     assert "the hub does not give a model of that id" in capsys.readouterr().err
 
 
+def test_a_snapshot_of_edm_becomes_a_teacher(snapshot, tmp_path, capsys):  # noqa: F811
+    path, _ = snapshot
+    assert main(["import", str(path), "--to", str(tmp_path / "t")]) == 0
+    assert main(["import", str(tmp_path / "t"), "--to", str(tmp_path / "again")]) == 0
+    assert "SongUNet" in capsys.readouterr().err
+    expected = edm_net(path)
+    for name in ("t", "again"):
+        assert_trees_equal(load_network(tmp_path / name), expected)
+        assert Imported(tmp_path / name).process == expected.apply.process
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert main(["import", str(tmp_path / "evil.pkl"), "--to", str(tmp_path / "evil")]) == 2
+    assert "system" in capsys.readouterr().err and not (tmp_path / "evil").exists()
+
+
 @dataclasses.dataclass(frozen=True)
 class Squares:
     """Pictures in five classes."""
@@ -127,3 +145,48 @@ def test_an_experiment_distils_an_imported_teacher_in_its_own_process(teacher, t
         distil(experiment(teacher, process=cosine()))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         distil(experiment(tmp_path / "nowhere"))
+
+
+HEADER = "import dataclasses\nimport numpy as np\nfrom ddistill.config import Data\n\n"
+FILE = """
+from hub_squares import Squares
+from pathlib import Path
+
+from ddistill import Experiment
+from ddistill.config import Imported
+from ddistill.integrators import ddim
+from ddistill.lora import LoRA
+from ddistill.methods import Adapted, Consistency
+
+
+def experiment():
+    method = Adapted(Consistency(intervals=2, max_intervals=2, solver=ddim), LoRA(rank=2, layers=("*attn1*.kernel",)))
+    return Experiment("squares", method, Squares(), network=Imported(Path("{}")), steps=2, batch_size=8)
+"""
+
+
+def test_commands_from_a_folder_of_diffusers_to_one(teacher, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hub_squares.py").write_text(
+        inspect.getsource(Squares).replace("@data", HEADER + "@data")
+    )  # data of the experiment's own, that its copy finds too
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "e.py").write_text(FILE.format(teacher))
+    run, out, lora = (str(tmp_path / name) for name in ("run", "out", "lora"))
+    assert main(["distill", str(tmp_path / "e.py"), "--workdir", run]) == 0
+    assert main(["sample", run, "--out", str(tmp_path / "x.npz"), "--n", "4", "--steps", "2"]) == 0
+    assert main(["export", run, "--to", out, "--steps", "2", "--dtype", "fp16"]) == 0
+    assert main(["export", run, "--to", lora, "--lora", "2"]) == 0
+    told = capsys.readouterr().err
+    assert "LCMScheduler, timesteps=[999, " in told
+    assert float(told.split("what was learned is ")[1].split()[0]) < 1e-2
+    assert sorted(p.name for p in Path(out).iterdir()) == [
+        "README.md", "model_index.json", "scheduler", "transformer", "vae"
+    ]  # fmt: skip
+    names = list(open_tensors(Path(lora) / "pytorch_lora_weights.safetensors"))
+    assert len(names) == 2 * 2 * 4 and all(".attn1." in name for name in names)
+    assert main(["import", out, "--to", str(tmp_path / "again")]) == 0
+    opened = open_run(run)
+    back = load_network(tmp_path / "again")
+    for path, p in opened.student.params.items():
+        if not path.startswith(("target.", "guidance.")):
+            np.testing.assert_array_equal(back.params[path], np.asarray(p).astype(np.float16).astype(np.float32))

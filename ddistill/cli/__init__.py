@@ -32,7 +32,8 @@ class Import:
     """
 
     source: Annotated[Positional[str], arg(metavar="FOLDER_OR_HUB_ID")]
-    """A pipeline's folder (scheduler/ and unet/ or transformer/), or the id of one on the Hugging Face hub."""
+    """A pipeline's folder (scheduler/ and unet/ or transformer/), the id of one on the Hugging Face hub, or a snapshot
+    of EDM or EDM2 (.pkl), of which nothing is executed."""
     to: Annotated[Path, arg(metavar="FOLDER")]
     """The folder to write."""
     variant: Annotated[str | None, arg(metavar="fp16|bf16")] = None
@@ -77,6 +78,29 @@ class Sample:
     """The guidance scale, for students that take one; 1 is none."""
     teacher: bool = False
     """Sample from the teacher, with DPM-Solver++(2M), and not from the student."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the student of a run as a diffusers folder, with the scheduler that samples it and a model card.
+
+    The run's teacher must be a network that diffusers has: imported, or of a configuration in ddistill/networks.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    to: Annotated[Path, arg(metavar="FOLDER")]
+    """The folder to write."""
+    steps: int = 1
+    """Sampling steps that the scheduler and the card are for."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the weights."""
+    guidance: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """The guidance scale to build in, for students that take one; by default as the method is meant to."""
+    lora: Annotated[int | None, arg(metavar="RANK")] = None
+    """Write what was learned as a LoRA file of this rank, that of the method's adapter, not the whole network."""
+    drop_target: bool = False
+    """Leave out what a student learned of the time it jumps to, which diffusers' networks do not read."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,7 @@ Command = (
     | Annotated[Pairs, subcommand("pairs")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Invert, subcommand("invert")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Methods, subcommand("methods")]

@@ -19,15 +19,29 @@ from rich.table import Table
 
 from ddistill import integrators
 from ddistill import quickstart as quickstart_experiment
-from ddistill.cli import Bench, Command, Compare, Distill, Evaluate, Import, Invert, Methods, Pairs, Quickstart, Sample
-from ddistill.config import DigitsData
+from ddistill.cli import (
+    Bench,
+    Command,
+    Compare,
+    Distill,
+    Evaluate,
+    Export,
+    Import,
+    Invert,
+    Methods,
+    Pairs,
+    Quickstart,
+    Sample,
+)
+from ddistill.config import DigitsData, Imported
 from ddistill.data.digits import Digits, load_digits
 from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.integrators import dpmpp_2m
+from ddistill.lora import low_rank
 from ddistill.methods import METHODS
-from ddistill.methods.base import home, rounds
+from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
@@ -50,6 +64,8 @@ def run(command: Command, flags: Sequence[str]) -> None:
             sample(command)
         case Invert():
             invert(command)
+        case Export():
+            export(command)
         case Evaluate():
             evaluate(command)
         case Compare():
@@ -183,6 +199,32 @@ def invert(command: Invert) -> None:
         f"{miss / float(np.std(x)):.3g} of their standard deviation; the noise has {spread:.3f} of its size"
     )
     _say(f"Wrote {command.out}")
+
+
+def export(command: Export) -> None:
+    """Write a run's student for diffusers."""
+    from ddistill.hub.save import export_lora, export_student
+
+    opened = open_run(command.run)
+    experiment, student = opened.experiment, opened.student
+    made, network = experiment.method(experiment.process), experiment.network
+    sampling, process = sampling_of(made), home(made, experiment.process)
+    guidance = sampling.guidance if command.guidance is None else command.guidance
+    options: dict[str, Any] = {
+        "teacher": network.folder if isinstance(network, Imported) else None,
+        "guidance": guidance,
+        "drop_target": command.drop_target,
+        "about": f"{experiment.name}, by {type(experiment.method).__name__}",
+    }
+    at = process, sampling.times(command.steps), sampling.gamma
+    if command.lora is None:
+        done = export_student(command.to, student, *at, dtype=command.dtype, **options)
+    else:
+        update, lost = low_rank(student, opened.teacher, command.lora)
+        done = export_lora(command.to, student, update, *at, **options)
+        _say(f"What rank {command.lora} leaves out of what was learned is {lost:.2g} of it")
+    call = ", ".join(f"{name}={value}" for name, value in done.call.items())
+    _say(f"Wrote {command.to}: {done.scheduler['_class_name']}, {call}; README.md says how to sample")
 
 
 def evaluate(command: Evaluate) -> None:

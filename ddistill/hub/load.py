@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from ddistill import sharding
 from ddistill.hub.configs import Kind, diffusion_of, kind_of, network_config, read_json
+from ddistill.hub.pickles import EDM_CLASSES, edm_definition
 from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
 from ddistill.net import Net, Preconditioning, from_nnx, split
+from ddistill.networks.edm2 import EDM2UNetConfig
 from ddistill.process import Process
 
 PARTS = ("unet", "transformer")
@@ -49,23 +51,40 @@ def parts_of(folder: Path | str) -> Parts:
 
 
 def open_config(folder: Path | str) -> tuple[Kind, Any]:
-    """The kind and the configuration of the network in a folder; raises as `network_config`."""
-    path = parts_of(folder).network / "config.json"
-    config = read_json(path, "the configuration of a model")
+    """The kind and the configuration of the network in a folder; raises as `network_config` and `edm_definition`."""
+    config = _config_json(parts_of(folder).network)
+    if config.get("_class_name") in EDM_CLASSES:
+        inner = edm_definition(_arguments(config))[0]
+        return Kind(
+            "edm2" if isinstance(inner, EDM2UNetConfig) else "edm", type(inner).__name__.removesuffix("Config")
+        ), inner
     return kind_of(config), network_config(config)
 
 
 def open_diffusion(folder: Path | str) -> tuple[Process, Preconditioning]:
-    """The process of a folder's teacher and what its network outputs, by its scheduler; raises as `diffusion_of`."""
+    """The process of a folder's teacher and what its network outputs, by its scheduler; raises as `diffusion_of`.
+
+    The networks of EDM and EDM2 have none: their configuration says it.
+    """
     network, scheduler = parts_of(folder)
+    model = _config_json(network)
+    if model.get("_class_name") in EDM_CLASSES:
+        return edm_definition(_arguments(model))[1:]
     if scheduler is None:
         raise FileNotFoundError(
             f"{folder} has no scheduler/, which tells the noise process: give the pipeline's folder, or process and "
             "precondition"
         )
-    kind = kind_of(read_json(network / "config.json", "the configuration of a model"))
     config = read_json(scheduler / "scheduler_config.json", "the configuration of a scheduler")
-    return diffusion_of(config, kind.time_scale)
+    return diffusion_of(config, kind_of(model).time_scale)
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json", "the configuration of a model")
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"class_name": config["_class_name"], **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
 def load_network(

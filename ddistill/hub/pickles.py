@@ -224,6 +224,8 @@ def _iddpm(args: dict) -> tuple[Process, Preconditioning]:
 _FORMULATIONS: dict[str, Callable[[dict], tuple[Process, Preconditioning]]] = {
     "EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve, "iDDPMPrecond": _iddpm, "Precond": _edm
 }  # fmt: skip
+EDM_CLASSES = tuple(_FORMULATIONS)
+"""Networks of EDM and EDM2 by the names of their classes."""
 
 
 class _Call:

@@ -1,4 +1,4 @@
-"""A pipeline of diffusers, from a folder or the Hugging Face hub, copied as a teacher that experiments name."""
+"""A pipeline of diffusers or a snapshot of EDM, from a file or the Hugging Face hub, copied as a teacher."""
 
 import contextlib
 import json
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from ddistill.hub.configs import read_json
 from ddistill.hub.load import open_config, open_diffusion, parts_of, plan
-from ddistill.hub.tensors import open_tensors, weights_file
+from ddistill.hub.pickles import edm_snapshot
+from ddistill.hub.tensors import STEMS, open_tensors, weights_file
 from ddistill.net import Preconditioning, from_nnx
 from ddistill.process import Process
 from ddistill.version import version
@@ -39,21 +42,25 @@ def import_teacher(
 ) -> Summary:
     """Check a pipeline and copy it to a folder that `ddistill.config.Imported` names.
 
-    source: a folder of diffusers with scheduler/ and unet/ or transformer/, or the id of one on the hub, "org/name", of
-    which `revision` is taken. variant: of the weights, "fp16" for example; in the copy they have names without it. What
-    else the pipeline has, autoencoder and text encoders, is copied along where its weights are safetensors. Nothing is
-    left behind of an import that fails. Raises FileExistsError for a folder that is not empty, ConnectionError for a
-    hub that cannot be reached, and as `load_network` does.
+    source: a folder of diffusers with scheduler/ and unet/ or transformer/, the id of one on the hub, "org/name", of
+    which `revision` is taken, or a snapshot of EDM or EDM2, a pickle, of which nothing is executed. variant: of the
+    weights, "fp16" for example; in the copy they have names without it. What else the pipeline has, autoencoder and
+    text encoders, is copied along where its weights are safetensors. Nothing is left behind of an import that fails.
+    Raises FileExistsError for a folder that is not empty, ConnectionError for a hub that cannot be reached, and as
+    `load_network` and `edm_snapshot` do.
     """
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise FileExistsError(f"{to} is not empty: give a new folder")
+    if Path(source).is_file():
+        return _import_snapshot(Path(source), to)
     folder = find(source, variant, revision)
     summary = check_teacher(folder, variant)
     network, scheduler = parts_of(folder)
-    assert scheduler is not None  # or check_teacher had raised
     with written_whole(to) as part:
-        if network == folder:  # a model's own folder with scheduler/ in it
+        if scheduler is None:  # a network of EDM, imported before
+            _copy(network, part, variant)
+        elif network == folder:  # a model's own folder with scheduler/ in it
             _copy(network, part / open_config(folder)[0].folder, variant)
             _copy(scheduler, part / "scheduler", None)
         else:
@@ -62,9 +69,25 @@ def import_teacher(
                     _copy(path, part / path.name, variant)
                 elif path.name == "model_index.json":
                     shutil.copyfile(path, part / path.name)
-        record = {"version": version(), "source": str(source), "class": summary.name, "parameters": summary.parameters}
-        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_record(part, source, summary)
     return summary
+
+
+def _import_snapshot(source: Path, to: Path) -> Summary:
+    tensors, init = edm_snapshot(source)
+    config = {"_class_name": init["class_name"], **{k: v for k, v in init.items() if k != "class_name"}}
+    with written_whole(to) as part:
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(arrays, part / f"{STEMS[0]}.safetensors")
+        summary = check_teacher(part)
+        _write_record(part, source, summary)
+    return summary
+
+
+def _write_record(folder: Path, source: Path | str, summary: Summary) -> None:
+    record = {"version": version(), "source": str(source), "class": summary.name, "parameters": summary.parameters}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_teacher(folder: Path | str, variant: str | None = None) -> Summary:
@@ -122,7 +145,7 @@ def _copy(folder: Path, to: Path, variant: str | None) -> None:
     """Copy a component: its texts, and of its weights those of the variant, or else those without one."""
     if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         return
-    to.mkdir(parents=True)
+    to.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix in _TEXTS and ".safetensors.index" not in path.name:
             target = to / path.relative_to(folder)
