@@ -8,6 +8,7 @@ never look at it. Any other name is refused before anything is built from it. Py
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -355,6 +356,14 @@ def _encode(text, coding) -> bytes:
     return text.encode("latin1")
 
 
+def _bytearray(data=b"", *coding) -> bytearray:
+    if coding:
+        data = _encode(data, *coding)
+    if not isinstance(data, bytes):
+        raise _Refused("has a bytearray that is no block of bytes")
+    return bytearray(data)
+
+
 def _persistent(meta) -> Persistent:
     """torch_utils.persistence._reconstruct_persistent_obj, but for the source code in meta, which stays a text."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
@@ -413,12 +422,24 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
+def _load(file: IO[bytes], storage: Callable[[Any], _Storage] | None = None, storages_alone: bool = False) -> Any:
+    """The next pickle in a file. Places in its memo are counted first: Python's reader makes room up to any number."""
+    start, places = file.tell(), 0
+    for code, arg, _ in pickletools.genops(file):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            places += 1
+            if isinstance(arg, int) and arg > places:
+                raise _Refused(f"uses place {arg} of its memo with {places} in use, as no pickle does")
+    file.seek(start)
+    return _Unpickler(file, storage, storages_alone).load()
+
+
 def _read(file: IO[bytes], storages_alone: bool = False) -> Any:
     start = file.tell()
     if file.read(4) == b"PK\x03\x04":
         return _read_zip(file, storages_alone)
     file.seek(start)
-    first = _Unpickler(file, storages_alone=storages_alone).load()
+    first = _load(file, storages_alone=storages_alone)
     return _read_stream(file, storages_alone) if isinstance(first, int) and first == MAGIC else first
 
 
@@ -447,12 +468,12 @@ def _read_zip(file: IO[bytes], storages_alone: bool) -> Any:
                 raise _Refused(f"has {name} in two dtypes")
             return known[name]
 
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage, storages_alone).load()
+        return _load(io.BytesIO(archive.read(pickles[0])), storage, storages_alone)
 
 
 def _read_stream(file: IO[bytes], storages_alone: bool) -> Any:
     """What follows the magic number in files of torch.save before 1.6: pickles, then the storages."""
-    version, system = (_Unpickler(file, storages_alone=True).load() for _ in range(2))
+    version, system = (_load(file, storages_alone=True) for _ in range(2))
     if version != 1001 or not isinstance(system, dict):
         raise _Refused(f"is written in version {version} of torch.save, 1001 is read")
     here = file.tell()
@@ -473,8 +494,8 @@ def _read_stream(file: IO[bytes], storages_alone: bool) -> Any:
             raise _Refused("has a storage in two dtypes")
         return known[key]
 
-    tree = _Unpickler(file, storage, storages_alone).load()
-    keys = _Unpickler(file, storages_alone=True).load()
+    tree = _load(file, storage, storages_alone)
+    keys = _load(file, storages_alone=True)
     if not isinstance(keys, list) or set(keys) != set(known):
         raise _Refused("does not list its storages")
     for key in keys:
@@ -516,7 +537,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "builtins.set": lambda items=(): set(items),
     "builtins.frozenset": lambda items=(): frozenset(items),
-    "builtins.bytearray": lambda *args: bytearray(_encode(*args) if len(args) == 2 else bytes(*args)),
+    "builtins.bytearray": _bytearray,
     "builtins.complex": lambda *args: complex(*args),
 }
 _CLASSES: dict[str, type] = {
