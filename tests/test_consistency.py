@@ -231,8 +231,8 @@ def test_renoising_times_start_at_the_noise_and_end_at_the_data():
         renoising_times(edm(), 0)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
-def test_sampling_keeps_the_marginals_of_gaussian_data(gamma):
+@pytest.mark.parametrize(("gamma", "overshoot"), [(0.0, 0), (0.4, 0), (1.0, 0), (0.0, 1)])
+def test_sampling_keeps_the_marginals_of_gaussian_data(gamma, overshoot):
     # The exact flow map in place of the student: its jump lands on the trajectory at every s.
     process = edm()
 
@@ -243,7 +243,7 @@ def test_sampling_keeps_the_marginals_of_gaussian_data(gamma):
 
     times = [80.0, 4.0, 0.8, 0.0]
     x = 80 * jax.random.normal(jax.random.key(0), (200_000, 1)) * np.sqrt(1 + C**2 / 80**2)
-    solution = sample(Net({}, {}, toward), process, times, x, jax.random.key(1), gamma=gamma)
+    solution = sample(Net({}, {}, toward), process, times, x, jax.random.key(1), gamma=gamma, overshoot=overshoot)
     assert int(solution.nfe) == 3
     assert float(jnp.std(solution.x)) == pytest.approx(C, rel=4 / np.sqrt(400_000))
 
@@ -260,6 +260,18 @@ def test_gamma_zero_is_ddim_of_a_teacher_and_gamma_one_the_multistep_sampler():
         y = exact_student(process)(y, t) + s * noise
     stochastic = sample(exact_student(process), process, times, x, key, gamma=1.0)
     np.testing.assert_allclose(stochastic.x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_the_sampler_that_overshoots_jumps_two_times_down_and_comes_one_up():
+    process, key, x = edm(), jax.random.key(3), 80 * jax.random.normal(jax.random.key(0), (6, 2))
+    student = Net({}, {}, lambda p, r, x, t, c, *, s, key: 0.3 * x / (1 + t[:, None]) + 0.1 * s[:, None])
+    noise = [jax.random.normal(jax.random.fold_in(key, i), x.shape) for i in range(2)]
+    y = student.jump(process, x, 80.0, 0.5) + np.sqrt(3.0**2 - 0.5**2) * noise[0]
+    y = student.jump(process, y, 3.0, 0.0) + 0.5 * noise[1]
+    y = student.jump(process, y, 0.5, 0.0)  # the last one has nothing beyond
+    drawn = sample(student, process, [80.0, 3.0, 0.5, 0.0], x, key, overshoot=1)
+    np.testing.assert_allclose(drawn.x, y, rtol=1e-4, atol=1e-6)
+    assert int(drawn.nfe) == 3
 
 
 def test_sampling_forwards_inverts_sampling_backwards():
@@ -279,11 +291,15 @@ def test_wrong_sampling_arguments_are_met_with_words():
     x, student = jnp.zeros((2, 2)), exact_student(edm())
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
         sample(student, edm(), [80, 0], x, gamma=1.5)
-    with pytest.raises(ValueError, match="pass key="):
-        sample(student, edm(), [80, 0], x, gamma=1.0)
+    for noisy in ({"gamma": 1.0}, {"overshoot": 1}):
+        with pytest.raises(ValueError, match="pass key="):
+            sample(student, edm(), [80, 0], x, **noisy)
+        with pytest.raises(ValueError, match="inversion.*need gamma = 0 and overshoot = 0"):
+            sample(student, edm(), [0.1, 80], x, jax.random.key(0), **noisy)
+    for wrong in ({"gamma": 0.5, "overshoot": 1}, {"overshoot": -1}):
+        with pytest.raises(ValueError, match="overshoot must be at least 0, and 0 where gamma is not"):
+            sample(student, edm(), [80, 0], x, jax.random.key(0), **wrong)
     with pytest.raises(ValueError, match="sampling time 100.* is outside this process"):
         sample(student, edm(), [100, 0], x)
-    with pytest.raises(ValueError, match="inversion.*need gamma = 0"):
-        sample(student, edm(), [0.1, 80], x, jax.random.key(0), gamma=1.0)
     with pytest.raises(ValueError, match="at least two times"):
         sample(student, edm(), [80], x)

@@ -5,6 +5,7 @@ same noise and the same places in their ranges.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,25 @@ import pytest
 
 from ddistill.integrators import ddim, ddpm, euler, heun, sde_dpmpp_2m
 from ddistill.losses.distances import L2, PseudoHuber
-from ddistill.losses.times import Uniform
+from ddistill.losses.score import NoisePrediction
+from ddistill.losses.times import Nodes, Uniform
 from ddistill.losses.weightings import DataWeight, VelocityWeight
-from ddistill.methods import KD, Consistency, Denoising
-from ddistill.methods.base import Progress, rounds
+from ddistill.methods import ADD, DMD, KD, SDS, Consistency, Denoising, LatentConsistency, MultiSample, sds_gradient
+from ddistill.methods.add import ScoreDistillation
+from ddistill.methods.base import Pairs, Progress, rounds
 from ddistill.methods.consistency import node
 from ddistill.methods.consistency_training import ConsistencyTraining
 from ddistill.methods.ctm import CTM
+from ddistill.methods.fake_scores import Delta
+from ddistill.methods.guidance import Scales
 from ddistill.methods.intervals import Segments
+from ddistill.methods.invertible import Invertible
 from ddistill.methods.multistep import MultistepConsistency
 from ddistill.methods.phased import PhasedConsistency
 from ddistill.methods.progressive import Progressive
 from ddistill.methods.rectified_flow import RectifiedFlow
 from ddistill.mixture import Mixture, as_teacher
-from ddistill.net import Net
+from ddistill.net import Net, diagonal
 from ddistill.process import edm, flow, vp
 from ddistill.sample import sample
 
@@ -72,7 +78,7 @@ def loss_of(method, process, nets=None, **batch):
         trained = nets["student"].replace(params={"a": a})
         return method.losses["student"]({**nets, "student": trained}, batch, Progress(0), jax.random.key(0))[0]
 
-    return np.asarray(jax.value_and_grad(value)(0.7))
+    return np.asarray(jax.jit(jax.value_and_grad(value))(0.7))
 
 
 def cd(**changes):
@@ -92,6 +98,24 @@ def test_ctm_to_the_data_from_neighbours_is_consistency_distillation(draws):
     np.testing.assert_allclose(loss_of(ctm, process), loss_of(config(process), process), rtol=1e-5)
 
 
+def test_ctm_on_the_diagonal_is_denoising(draws):
+    process = edm()
+    ctm = CTM(dsm=1.0, dsm_times=Uniform(), dsm_weighting=VelocityWeight(), exact=False)(process)
+    nets, batch = {"teacher": as_teacher(MIXTURE, process), "student": diagonal(student(process))}, {"x": X}
+    part = ctm.losses["student"](nets, batch, Progress(0), jax.random.key(0))[1]["dsm"]
+    denoising = Denoising(times=Uniform(), weighting=VelocityWeight())(process)
+    np.testing.assert_allclose(part, loss_of(denoising, process, nets)[0], rtol=1e-5)
+
+
+def test_latent_consistency_without_guidance_is_consistency_distillation(draws):
+    process, cond = edm(), jnp.arange(B) % 2
+    nets = {"teacher": as_teacher(dataclasses.replace(MIXTURE, labels=np.asarray([0, 1])), process)}
+    lcm = LatentConsistency(nodes=60, skip=10, scales=Scales(1.0, 1.0, 1.0))(process)
+    consistency = dataclasses.replace(cd(), weighted=True)(process)
+    found = [loss_of(method, process, nets, cond=cond) for method in (lcm, consistency)]
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 def test_phased_consistency_with_one_phase_is_consistency_distillation(draws):
     process = edm()
     phased = PhasedConsistency(Segments(phases=(1,), intervals=6, max_intervals=6), weighted=False)
@@ -103,6 +127,55 @@ def test_multistep_consistency_with_one_segment_is_consistency_distillation(draw
     one = Segments(phases=(1,), intervals=6, max_intervals=6)
     multistep = MultistepConsistency(one, weighting=DataWeight())
     np.testing.assert_allclose(loss_of(multistep(process), process), loss_of(cd()(process), process), rtol=1e-4)
+
+
+def test_one_interval_per_phase_is_a_regression_on_one_step_of_the_teacher(draws):
+    """Of phased and of multistep consistency alike; the first in the space of the edge, the second in that of x0."""
+    process, teacher = edm(), as_teacher(MIXTURE, edm())
+    one = Segments(phases=(4,), intervals=1, max_intervals=1, solver=ddim)
+    pair = one.draw(process, Progress(0), jax.random.key(0), B)
+    np.testing.assert_array_equal(pair.s, pair.edge)
+    x_t = process.diffuse(jnp.asarray(X), jnp.asarray(draws[1]), pair.t)
+    x0 = teacher(x_t, pair.t)
+
+    def regression(a):
+        estimate = student(process).replace(params={"a": a})(x_t, pair.t, s=pair.edge)
+        there = [process.step(x, x_t, pair.t, pair.edge) for x in (estimate, x0)]
+        return jnp.stack([jnp.mean(L2()(*there)), jnp.mean(L2()(estimate, x0))])
+
+    phased = PhasedConsistency(one, distance=L2(), weighted=False)(process)
+    multistep = MultistepConsistency(one, distance=L2(), weighting=DataWeight())(process)
+    found = np.stack([loss_of(method, process) for method in (phased, multistep)], axis=1)
+    expected = np.stack([regression(0.7), jax.jacobian(regression)(0.7)])
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_the_reverse_half_of_invertible_consistency_is_phased_consistency(draws):
+    process = edm()
+
+    class Alike(Segments):
+        def draw(self, process, progress, key, count):
+            phase = invertible.draw(process, key, count)
+            p = jnp.minimum(jnp.asarray(draws[0]) * phase.intervals, phase.intervals - 0.01)
+            nodes = invertible.nodes(process, phase, p, jnp.minimum(p + 1, phase.intervals))
+            return Segments.draw(self, process, progress, key, count)._replace(
+                t=nodes[0], s=nodes[-1], edge=phase.landing, nodes=nodes
+            )
+
+    class Absolute(Invertible):
+        def apart(self, process, a, b, t):
+            return self.distance(a, b)
+
+    invertible = Absolute(phases=(4,), preserve=0.0)
+    both = invertible(process).losses["reverse"]
+
+    def reverse(nets, *rest):
+        return both({**nets, "reverse": nets["student"], "forward": nets["student"]}, *rest)
+
+    phased = PhasedConsistency(Alike(phases=(4,)))(process)
+    np.testing.assert_allclose(
+        loss_of(SimpleNamespace(losses={"student": reverse}), process), loss_of(phased, process), rtol=1e-4
+    )
 
 
 def test_consistency_training_is_distillation_of_a_teacher_that_knows_the_data(draws):
@@ -163,6 +236,35 @@ def test_rectified_flow_on_independent_pairs_is_denoising_with_the_weight_of_the
     rectified = RectifiedFlow(times=Uniform())(process)
     denoising = Denoising(times=Uniform(), weighting=VelocityWeight())(process)
     np.testing.assert_allclose(loss_of(rectified, process, plain), loss_of(denoising, process, plain), rtol=1e-4)
+
+
+def test_a_distilled_rectified_flow_is_knowledge_distillation(draws):
+    process = flow()
+    pairs = {"noise": jnp.asarray(draws[1]), "x": X}
+    distilled = RectifiedFlow(Nodes(1), distance=None, data_distance=L2(), pairs=Pairs(1, 1))(process)
+    # A flow's estimate does not depend on where it goes.
+    plain = {"student": Net({"a": jnp.asarray(0.7)}, {}, lambda p, r, x, t, c, **k: jnp.tanh(p["a"] * x))}
+    kd = KD(steps=(1,))(process)
+    np.testing.assert_allclose(
+        loss_of(distilled, process, plain, **pairs), loss_of(kd, process, plain, **pairs), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("process", [edm(), vp(), flow()], ids=lambda p: type(p.schedule).__name__)
+def test_score_distillation_is_distribution_matching_by_point_masses_and_by_one_sample(process):
+    matching = [DMD(fake, weight=NoisePrediction()) for fake in (Delta(), MultiSample())]
+    sds, *others = (loss_of(config(process), process, x=jnp.zeros((1, 2))) for config in (SDS(), *matching))
+    for other in others:
+        np.testing.assert_allclose(other, sds, rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", [edm(), vp()], ids=lambda p: type(p.schedule).__name__)
+def test_adversarial_distillation_without_an_adversary_is_score_distillation(process, draws):
+    teacher, t = as_teacher(MIXTURE, process), jnp.linspace(0.2, 0.9, B)
+    x, noise = jnp.asarray(X), jnp.asarray(draws[1])
+    add = ADD(weighting=ScoreDistillation(), times=lambda process, key, n: t)
+    by_add = jax.grad(lambda x: add.distillation(process, teacher, x, None, jax.random.key(0)))(x)
+    np.testing.assert_allclose(by_add * x.size, sds_gradient(teacher, process, x, t, noise), rtol=1e-3, atol=1e-5)
 
 
 def test_progressive_distillation_is_multistep_consistency_with_one_step_per_segment(monkeypatch):

@@ -286,3 +286,23 @@ def test_all_rounds_are_compiled_once(one_device):
     network = from_nnx(MLP(2, width=8, blocks=1, rngs=nnx.Rngs(0)), process, EDMPrecondition())
     results = run(plan, network, jax.random.key(0))
     assert len(results) == 3 and len(traces) == 1
+
+
+def test_the_stochastic_sampler_finds_its_jumps_taught():
+    """It takes a step of 1/n from every node of 2n (Meng et al. 2023, sec. 3.2)."""
+    process, n, seen = edm(), 4, []
+    config = dataclasses.replace(SIMPLE, start=4 * n, rehearsal=0.0, stochastic=True, node=uniform_node)
+    loss, exact = config(process)[1].method.losses["student"], exact_student(process)
+
+    def recorded(params, rest, x, t, cond, *, s, key):
+        seen.append((np.asarray(t), np.asarray(s)))
+        return exact.apply(params, rest, x, t, cond, s=s, key=key)
+
+    nets = {"teacher": exact, "student": exact.replace(apply=recorded)}
+    x = C * jax.random.normal(jax.random.key(0), (4096, 2))
+    assert loss(nets, {"x": x}, Progress(0, 1, 1), jax.random.key(1))[0] < 1e-9  # the teacher's steps meet halfway
+    taught, counts = np.unique(np.stack(seen[0]), axis=1, return_counts=True)
+    nodes = np.arange(2 * n + 1, dtype=np.float32) / (2 * n) * process.t_max
+    np.testing.assert_array_equal(taught, [nodes[2:], nodes[:-2]])
+    # Of the n steps the lowest has no lower start; the others' halves are alike.
+    np.testing.assert_allclose(counts / 4096, [1 / n, *[0.5 / n] * (2 * n - 2)], atol=4 * np.sqrt(0.25 * 0.75 / 4096))
