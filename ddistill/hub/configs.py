@@ -167,9 +167,9 @@ def config_json(config: Any) -> dict[str, Any]:
         if type(config).__name__ == f"{kind.name}Config":
             values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
             built_in = getattr(config, "OURS", {})
-            wrong = [f"{key} = {values[key]}, always {value}" for key, value in built_in.items() if values[key] != value]
-            if wrong:
-                raise ValueError(f"diffusers' {name} has no {'; no '.join(wrong)} there: it cannot hold this network")
+            other = [f"{key} is {values[key]}, there always {v}" for key, v in built_in.items() if values[key] != v]
+            if other:
+                raise ValueError(f"diffusers' {name} cannot hold this network: {'; '.join(other)}")
             return {"_class_name": name, **{key: v for key, v in values.items() if key not in built_in}}
     raise ValueError(
         f"{type(config).__name__} is the configuration of no diffusers class: known are {', '.join(KINDS)}"
