@@ -1,5 +1,6 @@
 """The device mesh and how states and batches lie on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,12 @@ def make_mesh(fsdp: int = 1) -> Mesh:
         raise ValueError(f"fsdp = {fsdp} must divide the number of devices, {devices}")
     # Auto: under Explicit axes, jax's default, sharded convolutions do not type-check.
     return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh ("data", "fsdp") over the devices of this process, or those given, each with a copy of the parameters."""
+    local = jax.local_devices() if devices is None else list(devices)
+    return jax.make_mesh((len(local), 1), ("data", "fsdp"), devices=local, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

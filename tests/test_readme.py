@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddistill import Process, edm, grids, sample
 from ddistill.cli import Distill, Quickstart, commands, main
@@ -69,7 +70,7 @@ def test_the_two_commands_come_first_and_ci_runs_them():
 
 def test_commands_are_known():
     assert {words[0] for words in OTHERS} == {"pip", "pytest"}
-    known = {"quickstart", "distill", "sample", "evaluate", "pairs", "invert", "compare", "bench"}
+    known = {"quickstart", "distill", "sample", "evaluate", "pairs", "encode", "invert", "compare", "bench"}
     assert {words[1] for words in DDISTILL} == known
 
 
@@ -100,7 +101,7 @@ def test_flags_and_calls_in_the_text_exist(folder):
         if text.startswith("x0_from_"):
             assert callable(getattr(Process, text))
         if text.startswith("ddistill ") and len(text.split()) == 2:
-            assert text.split()[1] in {"methods", "quickstart"}
+            assert text.split()[1] in {"methods", "quickstart", "encode"}
     subprocess.run(["bash", str(ROOT / "tpu_setup.sh"), "--help"], check=True, capture_output=True)
 
 
@@ -174,11 +175,19 @@ def test_files_run_as_experiments(name, folder):
 def test_snippets_run(code, folder, capsys):
     if 'open_run("quickstart")' in code:
         assert main(["distill", "experiments/digits_consistency.py", "--workdir", "quickstart", *TINY]) == 0
+    if 'ImageFolder("photos"' in code:
+        for i in range(4):
+            path = folder / "photos" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((70, 80, 3), 60 * i, np.uint8)).save(path)
     namespace = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), namespace)
     if "exact" in namespace:
         errors = [float(e) for e in re.findall(r"network calls, error ([\d.]+)", capsys.readouterr().out)]
         assert len(errors) == 3 and errors[0] > errors[1] > 0 and errors[0] > errors[2] > 0
+    if "batch" in namespace:
+        shapes = {name: array.shape for name, array in namespace["batch"].items()}
+        assert shapes == {"x": (16, 64, 64, 3), "cond": (16,)} and set(namespace["batch"]["cond"]) <= {0, 1, 2}
     if "brightness" in namespace:
         assert namespace["brightness"].shape == (10, 8, 8, 1) and int(namespace["nfe"]) == 2
     if "stages" in namespace:

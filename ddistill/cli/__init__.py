@@ -189,6 +189,40 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Encode:
+    """Encode images, and their prompts, with the models of a diffusers pipeline, for training on latents.
+
+    In an experiment the folder is data=LatentFolder(FOLDER). Images that cannot be read are left out and named. A
+    command that was cut off goes on when it is repeated.
+    """
+
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
+    """A folder of images, tar files in WebDataset's layout, or .npy or .npz with bytes [N, size, size, channels]."""
+    to: Annotated[Path, arg(metavar="FOLDER")]
+    """The folder to write."""
+    models: Annotated[Path, arg(metavar="FOLDER")]
+    """The pipeline's folder, with vae/ and text encoders, or an autoencoder's own."""
+    size: int = 256
+    """The side of the middle square that images are cut to, in pixels."""
+    flat: bool = False
+    """The folders in DATA are no classes."""
+    prompts: Annotated[str, arg(metavar="beside|FILE")] = "none"
+    """NAME.txt beside NAME.jpg, in tar files too; or a file, .txt with one line for each image in order, or .jsonl."""
+    mirrored: bool = False
+    """Encode mirror images too."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of what is stored."""
+    bfloat16: bool = False
+    """The models compute in bfloat16."""
+    variant: Annotated[str | None, arg(metavar="fp16|bf16")] = None
+    """The variant of the models' weights."""
+    batch_size: int = 16
+    """Images encoded at a time."""
+    shard_size: int = 1024
+    """Images in a file."""
+
+
+@dataclass(frozen=True)
 class Invert:
     """Encode data to noise with a finished run, decode it again, and print how far the round trip misses.
 
@@ -216,6 +250,7 @@ Command = (
     | Annotated[Import, subcommand("import")]
     | Annotated[Distill, subcommand("distill")]
     | Annotated[Pairs, subcommand("pairs")]
+    | Annotated[Encode, subcommand("encode")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Invert, subcommand("invert")]
     | Annotated[Export, subcommand("export")]
@@ -298,7 +333,7 @@ def _enough_threads() -> None:
 def _how_to_go_on(command: Command) -> str:
     if isinstance(command, Distill | Quickstart | Compare):
         return "The same command goes on from the last checkpoint."
-    if isinstance(command, Pairs):
+    if isinstance(command, Pairs | Encode):
         return "The same command goes on from the last whole shard."
     if isinstance(command, Bench) and command.json is not None:
         return f"The rows that were done are in {command.json}."
@@ -310,4 +345,4 @@ def _in_words(error: Exception) -> bool:
     from ddistill.checkpoint import CheckpointError
     from ddistill.stages import DivergedError
 
-    return isinstance(error, ValueError | OSError | CheckpointError | DivergedError)
+    return isinstance(error, ValueError | OSError | ImportError | CheckpointError | DivergedError)

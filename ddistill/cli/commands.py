@@ -24,6 +24,7 @@ from ddistill.cli import (
     Command,
     Compare,
     Distill,
+    Encode,
     Evaluate,
     Export,
     Import,
@@ -60,6 +61,8 @@ def run(command: Command, flags: Sequence[str]) -> None:
             distill(command, flags)
         case Pairs():
             pairs(command)
+        case Encode():
+            encode(command)
         case Sample():
             sample(command)
         case Invert():
@@ -132,6 +135,26 @@ def pairs(command: Pairs) -> None:
         )  # fmt: skip
     store = open_pairs(command.out)
     _say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")
+
+
+def encode(command: Encode) -> None:
+    """Store what the models of a pipeline make of images and prompts."""
+    from rich.progress import Progress
+
+    from ddistill.data.loading import told
+    from ddistill.datasets import encode_images
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("encode", total=None)
+        done = encode_images(
+            command.data, command.to, command.models, command.size, classes=not command.flat, prompts=command.prompts,
+            mirrored=command.mirrored, dtype=command.dtype, bfloat16=command.bfloat16, variant=command.variant,
+            batch_size=command.batch_size, shard_size=command.shard_size,
+            report=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    if words := told(done.skipped):
+        _say(words)
+    _say(f"{done.records} images in {command.to}, {done.shards} files made now: data=LatentFolder({str(command.to)!r})")
 
 
 def sample(command: Sample) -> None:

@@ -1,5 +1,6 @@
 """A folder of encoded items: images as an encoder sees them, and their prompts as text encoders do."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,18 @@ from ddistill.data.loading import Items, Unreadable, read_ahead
 from ddistill.data.pairs import at_least_one
 from ddistill.data.records import Kind, Records, open_records, put_single, write_records
 from ddistill.networks.conditions import Prompt
-from ddistill.sharding import batch_sharding
+from ddistill.sharding import batch_sharding, local_mesh
 
 KIND = Kind("ddistill encoded items, format 1", "encoded items", "items", "ddistill encode", gaps=True)
 
 Encoder = Callable[[jax.Array], Mapping[str, Any]]
 """x [B, ...] in [-1, 1] -> arrays [B, ...]: mean and std of a latent that is drawn anew each time, or x itself."""
 
-TextEncoder = Callable[[Sequence[str]], Mapping[str, Any]]
-"""B prompts -> the fields of their `Prompt`: states [B, L, C], and perhaps mask [B, L], pooled [B, P], sizes [B, n]."""
+TextEncoder = Callable[[Sequence[str]], Prompt]
+"""B texts -> their conditions."""
 
-_EMPTY = "empty"
-_PROMPT = ("states", "mask", "pooled", "sizes")
+_NONE = "none"
+_PROMPT = tuple(field.name for field in dataclasses.fields(Prompt))
 
 
 class Encoded(NamedTuple):
@@ -46,6 +47,7 @@ def encode(
     num_classes: int = 0,
     prompts: Sequence[str] | None = None,
     texts: TextEncoder | None = None,
+    none: Prompt | None = None,
     mirrored: bool = False,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     batch_size: int = 64,
@@ -55,11 +57,11 @@ def encode(
 ) -> Encoded:
     """Encode all items, in order, into a folder; a call that was cut off goes on from its last whole shard.
 
-    items: finished with the random numbers of their index alone (they should draw none). made: JSON that tells apart
-    what must not be mixed, such as fingerprints of the encoders. names: of the items, for the report. num_classes: of
-    the labels that items have. prompts, texts: what the conditions are made of, in place of labels; the empty prompt is
-    kept as well, as guidance needs it. mirrored: encode the mirror image too, as every field's second. dtype: of all
-    floats. part: as for `write_records`. Items that cannot be read have no record.
+    items: finished with the random numbers of their index alone (they should draw none). names: of the items, for the
+    report. made: JSON that tells apart what must not be mixed, such as fingerprints of the encoders. num_classes: of
+    the labels that items have. prompts, texts: what conditions are made of, in place of labels. none: the condition, of
+    a batch of one, that means none, by default the empty text's. mirrored: encode the mirror image too, as every
+    field's second. dtype: of all floats. part: as for `write_records`. Items that cannot be read have no record.
     Raises ValueError for NaN or values beyond the dtype, for fields that two encoders give, for prompts without `texts`
     or the other way round, where the folder holds something else, and where no item can be read.
     """
@@ -68,9 +70,8 @@ def encode(
     if (prompts is None) != (texts is None):
         lack = "a text encoder" if texts is None else "prompts"
         raise ValueError(f"{lack} is what is missing: conditions need prompts and a text encoder")
-    local = jax.local_devices()
-    mesh = jax.make_mesh((len(local), 1), ("data", "fsdp"), devices=local, axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    size = -(-min(batch_size, shard_size, len(items)) // len(local)) * len(local)
+    mesh = local_mesh()
+    size = -(-min(batch_size, shard_size, len(items)) // mesh.size) * mesh.size
 
     def images(x: np.ndarray) -> dict[str, np.ndarray]:
         return {k: np.asarray(v) for k, v in encoder(jax.device_put(x, batch_sharding(mesh))).items()}
@@ -85,7 +86,7 @@ def encode(
             other = images(x[:, :, ::-1])
             out = {k: np.stack([a, other[k]], axis=1) for k, a in out.items()}
         if prompts is not None and texts is not None:
-            out = _merged(out, texts([prompts[i] for i in numbers]))
+            out = _merged(out, _fields(texts([prompts[i] for i in numbers])))
         elif "cond" in rows[0][1]:
             out = _merged(out, {"label": np.stack([row["cond"] for _, row in rows])})
         stored = _stored(_merged({"index": np.asarray(numbers, np.int64)}, out), dtype, [names[i] for i in numbers])
@@ -115,7 +116,7 @@ def encode(
     }
     shards = write_records(folder, KIND, of, len(items), shard_size, make, report=report, part=part)
     if texts is not None and (part or (jax.process_index(), 0))[0] == 0:
-        put_single(folder, _EMPTY, _stored(dict(texts([""])), dtype, ["the empty prompt"]))
+        put_single(folder, _NONE, _stored(_fields(texts([""]) if none is None else none), dtype, ["the empty text"]))
     if part is not None:
         return Encoded(shards, len(items), [])
     records = open_records(folder, KIND, verify=False)
@@ -167,17 +168,17 @@ class Latents:
             row["cond"] = np.asarray(item["label"], np.int32)
         return row
 
-    def empty(self) -> Prompt | None:
-        """The condition of the empty prompt, without a leading axis; None where there are no prompts."""
-        single = self.records.single(_EMPTY)
+    def none(self) -> Prompt | None:
+        """The condition that means none, without a leading axis; None where there are no prompts."""
+        single = self.records.single(_NONE)
         return None if single is None else _prompt(single)
 
 
 def open_latents(folder: Path | str, *, flip: bool = False, verify: bool = True) -> Latents:
     """Open a folder that `encode` wrote; verify and what it raises: as for `open_records`."""
     latents = Latents(open_records(Path(folder), KIND, verify), flip)
-    if latents.records.made["prompts"] and latents.empty() is None:
-        raise ValueError(f"{folder} lacks the empty prompt: repeat the command that made it")
+    if latents.records.made["prompts"] and latents.none() is None:
+        raise ValueError(f"{folder} lacks the condition that means none: repeat the command that made it")
     return latents
 
 
@@ -219,6 +220,10 @@ def _stored(arrays: Mapping[str, Any], dtype: str, names: Sequence[str]) -> dict
                 )
         out[name] = array
     return out
+
+
+def _fields(prompt: Prompt) -> dict[str, Any]:
+    return {k: v for k in _PROMPT if (v := getattr(prompt, k)) is not None}
 
 
 def _prompt(fields: Mapping[str, np.ndarray]) -> Prompt:

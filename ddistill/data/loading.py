@@ -105,9 +105,7 @@ def loader(
         raise ValueError(f"seed is {seed}; it must be 0 or larger.")
     if not len(items):
         raise ValueError("there are no items to read")
-    import grain  # slow
-
-    stream = grain.MapDataset.source(items).seed(seed).shuffle().repeat().random_map(items.finish)
+    stream = _grain().MapDataset.source(items).seed(seed).shuffle().repeat().random_map(items.finish)
 
     def read(i: int) -> dict[str, PyTree]:
         step, row = divmod(i, rows)
@@ -161,11 +159,9 @@ def read_ahead(read: Callable[[int], Any], first: int, stop: int, ahead: int, th
 
     threads: as many as there are cores, up to 32, by default.
     """
-    import grain  # slow
-
     threads = min(os.cpu_count() or 1, 32) if threads is None else threads
-    options = grain.ReadOptions(threads, max(threads, ahead))
-    return Reading(iter(grain.MapDataset.range(first, stop).map(read).to_iter_dataset(options)))
+    options = _grain().ReadOptions(threads, max(threads, ahead))
+    return Reading(iter(_grain().MapDataset.range(first, stop).map(read).to_iter_dataset(options)))
 
 
 def part_size(batch_size: int, part: tuple[int, int]) -> int:
@@ -183,3 +179,11 @@ def part_of(source: Source, batch_size: int, part: tuple[int, int]) -> Source:
         return source
     rows = part_size(batch_size, part)
     return lambda step: jax.tree.map(lambda a: a[part[0] * rows : (part[0] + 1) * rows], source(step))
+
+
+def _grain():
+    try:
+        import grain  # slow, and optional
+    except ImportError as error:
+        raise ImportError('data that is read one by one needs grain: pip install "ddistill[images]"') from error
+    return grain

@@ -1,6 +1,5 @@
 """A folder of teacher pairs (`ddistill.data.records`)."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from jax import Array
 
 from ddistill.data.arrays import ArraySource, Source
 from ddistill.data.pairs import at_least_one, gathered, pair_maker
-from ddistill.data.records import Kind, Records, open_records, write_records
+from ddistill.data.records import Kind, Records, digest_of, open_records, write_records
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.overrides import describe, differences
@@ -129,11 +128,4 @@ def open_pairs(folder: Path | str) -> PairStore:
 
 def fingerprint(teacher: Net) -> str:
     """A digest of all arrays of a network, by name."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path((teacher.params, teacher.rest)):
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    return digest_of((teacher.params, teacher.rest))

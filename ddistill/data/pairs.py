@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType
 
 from ddistill import grids
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.process import Process
-from ddistill.sharding import batch_sharding, replicated
+from ddistill.sharding import batch_sharding, local_mesh, replicated
 
 Make = Callable[[int, int], dict[str, np.ndarray]]
 """(first, count) -> the pairs first, …, first + count − 1."""
@@ -70,9 +69,8 @@ def pair_maker(
     at_least_one(steps=steps, batch_size=batch_size)
     if points < 0:
         raise ValueError(f"points = {points} must be 0, for no path, or the number of its intervals")
-    local = jax.local_devices() if devices is None else list(devices)
-    mesh = jax.make_mesh((len(local), 1), ("data", "fsdp"), devices=local, axis_types=(AxisType.Auto,) * 2)
-    size = -(-batch_size // len(local)) * len(local)
+    mesh = local_mesh(devices)
+    size = -(-batch_size // mesh.size) * mesh.size
     there = jax.device_put((gathered(teacher), key), replicated(mesh))
 
     def pairs(first: int, count: int) -> dict[str, np.ndarray]:
@@ -105,7 +103,8 @@ def _make(
     segments = _segments(process, steps, points)
     noisy = _draws_noise(integrator, process, segments[-1][-1], shape)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(indices)
-    noise = jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0])
+    # Computed once: XLA would repeat it for path and noise, and round differently.
+    noise = jax.lax.optimization_barrier(jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0]))
     cond = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys[:, 1]) if num_classes else None
 
     def alone(nodes, x, cond, key, i):

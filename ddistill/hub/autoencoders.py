@@ -1,0 +1,106 @@
+"""Autoencoders in folders of diffusers, between pictures and the latents that a denoiser sees."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from ddistill import sharding
+from ddistill.hub.configs import parsed, read_json
+from ddistill.hub.tensors import open_tensors
+from ddistill.hub.weights import check, params_from, tensors_of
+from ddistill.net import Definition, split
+from ddistill.networks.autoencoder import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    AutoencoderTiny,
+    AutoencoderTinyConfig,
+    Posterior,
+    current_name,
+    to_pictures,
+)
+
+_CLASSES: Mapping[str, tuple[type, type]] = {
+    "AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig),
+    "AutoencoderTiny": (AutoencoderTiny, AutoencoderTinyConfig),
+}
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """An autoencoder with its weights. Make one with `load_autoencoder`.
+
+    config: `AutoencoderKLConfig` or `AutoencoderTinyConfig`. `code(params, rest)` is the module.
+    """
+
+    config: Any
+    params: dict[str, Array]
+    rest: dict[str, Array]
+    code: Definition
+
+    def moments(self, x: Array) -> dict[str, Array]:
+        """Pictures [B, H, W, in_channels] in [-1, 1] -> mean and std, or x alone, of a denoiser's latents [B, h, w, C].
+
+        They are (z − shift) · scale of the posterior's z, or of the one z that the tiny autoencoder gives.
+        """
+        return _moments(self.params, self.rest, x, self.code)
+
+    def pictures(self, latents: Array) -> Array:
+        """A denoiser's latents [B, h, w, C] -> pictures [B, H, W, out_channels] in [-1, 1]."""
+        return _pictures(self.params, self.rest, latents, self.code)
+
+
+def load_autoencoder(
+    folder: Path | str, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32, variant: str | None = None
+) -> Autoencoder:
+    """The autoencoder in a folder: a pipeline's, in vae/, or a model's own (config.json).
+
+    mesh: parameters lie on it as `sharding.state_shardings` has it. It computes in dtype. variant: of the weights.
+    Raises FileNotFoundError for a folder without one, ValueError for other classes and for files that do not fit.
+    """
+    folder = Path(folder)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    raw = read_json(folder / "config.json", "the configuration of an autoencoder")
+    name = str(raw.get("_class_name"))
+    if name not in _CLASSES:
+        raise ValueError(f"{folder} holds a model of the class {name}; autoencoders are {', '.join(_CLASSES)}")
+    module, kind = _CLASSES[name]
+    config = parsed(kind, name, raw)
+    abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    tensors = {current_name(n): tensor for n, tensor in open_tensors(folder, variant).items()}
+    wanted = {path: tensors_of(path, leaf.shape) for path, leaf in abstract.items()}
+    check({t.name: t.shape for ts in wanted.values() for t in ts}, {n: tensor.shape for n, tensor in tensors.items()})
+    places = {} if mesh is None else sharding.state_shardings(mesh, abstract)
+    params = {}
+    for path, leaf in abstract.items():
+        read = params_from({t.name: np.asarray(tensors[t.name]) for t in wanted[path]}, {path: leaf})
+        params[path] = jax.device_put(read[path], places.get(path))
+    return Autoencoder(config, params, rest, code)
+
+
+def _scale(config: Any) -> tuple[float, float]:
+    return config.shift_factor or 0.0, config.scaling_factor
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _moments(params: dict[str, Array], rest: dict[str, Array], x: Array, code: Definition) -> dict[str, Array]:
+    module: Any = code(params, rest)
+    z = module.encode(x)
+    shift, scale = _scale(module.config)
+    if isinstance(z, Posterior):
+        return {"mean": (z.mean - shift) * scale, "std": jnp.exp(0.5 * z.log_variance) * scale}
+    return {"x": (z - shift) * scale}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _pictures(params: dict[str, Array], rest: dict[str, Array], latents: Array, code: Definition) -> Array:
+    module: Any = code(params, rest)
+    return to_pictures(module, latents)
