@@ -26,7 +26,7 @@ from ddistill.hub.configs import config_json
 from ddistill.hub.weights import params_from
 from ddistill.net import Scaled, VelocityPrecondition, from_nnx, split
 from ddistill.networks.conditions import Prompt
-from ddistill.networks.dit import DiT, DiTConfig, from_original, original_config
+from ddistill.networks.dit import DiT, DiTConfig, as_flow, from_original, original_config
 from ddistill.networks.tokens import positions
 from ddistill.process import flow
 
@@ -283,6 +283,17 @@ def test_a_checkpoint_of_the_original_projects_answers_what_the_paper_says(share
     out = jax.jit(lambda p, x: code(p, rest)(x, t, labels))(params, x)
     expected = nhwc(by_the_paper(tensors, nchw(x).astype(np.float64), t, labels, heads=2))
     np.testing.assert_allclose(out, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_sit_estimates_x0_on_the_flow():
+    tensors = original(depth=2)
+    params, rest, code = split(make(original_config(tensors, heads=2)))
+    params = params_from(as_flow(from_original(tensors)), params)
+    net = from_nnx(code(params, rest), flow(), VelocityPrecondition())
+    x, t, labels = values(5, 2, 8, 8, 2), np.array([0.25, 0.9], np.float32), np.array([2, 3])
+    out = jax.jit(lambda x: net(x, t, labels))(x)
+    velocity = nhwc(by_the_paper(tensors, nchw(x).astype(np.float64), 1 - t.astype(np.float64), labels, heads=2))
+    np.testing.assert_allclose(out, x + t[:, None, None, None] * velocity, atol=1e-4)  # x0 = x_t + t (x0 − ε)
 
 
 @pytest.mark.torch

@@ -1,7 +1,7 @@
 """DiT: the label-conditioned diffusion transformer (Peebles & Xie 2023), diffusers' `DiTTransformer2DModel`.
 
-SiT (Ma et al. 2024) is the same network, trained to output a flow's velocity: its x_t is t x0 + (1 − t) ε for t in
-[0, 1], and t itself is what it sees. `from_original` and `original_config` read the checkpoints of both projects.
+SiT (Ma et al. 2024) is the same network, trained to output a flow's velocity. `from_original` and `original_config`
+read the checkpoints of both projects; SiT's time runs from noise to data, which `as_flow` turns round.
 """
 
 import math
@@ -245,6 +245,26 @@ def per_block(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     shared = {name: tensor for name, tensor in tensors.items() if name.startswith("emb.")}
     copies = {f"transformer_blocks.{i}.norm1.{name}": tensor for i in blocks for name, tensor in shared.items()}
     return {name: tensor for name, tensor in tensors.items() if name not in shared} | copies
+
+
+def as_flow(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of a SiT, by `from_original`, as those of a network for `flow` and `VelocityPrecondition`.
+
+    A SiT sees 1 − t and outputs x0 − ε, this network sees t and outputs ε − x0. That is exact: the waves of 1 − t are
+    those of t turned by the angle of each frequency, which the first linear map of the time takes up.
+    """
+    angles = 10_000.0 ** (-np.arange(128) / 128)
+
+    def one(name: str, tensor: np.ndarray) -> np.ndarray:
+        if name.startswith("proj_out_2."):
+            return -tensor
+        if name.endswith("timestep_embedder.linear_1.weight"):
+            cosine, sine = np.split(tensor.astype(np.float64), 2, axis=1)
+            turned = (cosine * np.cos(angles) + sine * np.sin(angles), cosine * np.sin(angles) - sine * np.cos(angles))
+            return np.concatenate(turned, axis=1).astype(tensor.dtype)
+        return tensor
+
+    return {name: one(name, tensor) for name, tensor in tensors.items()}
 
 
 def original_config(
