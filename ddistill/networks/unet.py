@@ -47,7 +47,7 @@ class UNet2DConfig:
     out_channels: int = 3
     time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
-    freq_shift: int = 0
+    freq_shift: float = 0
     flip_sin_to_cos: bool = True
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
     mid_block_type: str | None = "UNetMidBlock2D"
@@ -189,11 +189,11 @@ class Frequencies(nnx.Module):
     """Sines and cosines at random frequencies that a checkpoint keeps and nothing trains (Song et al. 2021, NCSN++)."""
 
     def __init__(self, size: int, scale: float = 16.0, *, rngs: nnx.Rngs):
-        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (size,)))
+        self.weight = nnx.Variable(scale * jax.random.normal(rngs.params(), (size,)))
 
     def __call__(self, t: Array) -> Array:
         """[B] -> [B, 2 size], float32."""
-        angles = 2 * jnp.pi * t.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(self.weight[...])
+        angles = 2 * jnp.pi * t.astype(jnp.float32)[:, None] * self.weight
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -214,7 +214,7 @@ class UNet2DConditionConfig:
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
