@@ -1,5 +1,6 @@
 """Laws of training times: frozen dataclasses called as law(process, key, n), answering times [n] in [t_min, t_max]."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,7 +54,43 @@ class KarrasRamp:
 
     def __call__(self, process: Process, key: Array, n: int) -> Array:
         """Draw n times."""
-        return karras_time(process, jax.random.uniform(key, (n,), minval=self.low, maxval=self.high), self.rho)
+        return _on_ramp(process, key, n, self.low, self.high, self.rho)
+
+
+def _on_ramp(process: Process, key: Array, n: int, low: float, high: Array | float, rho: float) -> Array:
+    return karras_time(process, jax.random.uniform(key, (n,), minval=low, maxval=high), rho)
+
+
+@dataclass(frozen=True)
+class Descending:
+    """`KarrasRamp` whose low-noise end comes down: from the place `start` to `high` over the share `until` of training.
+
+    High noise moves mass between modes and low noise shapes them, holding fast what is there: asked together from the
+    beginning the low levels win, and the weights of modes stay as they happen to be.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    start: float = 0.65
+    until: float = 0.3
+    rho: float = 7.0
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.start <= self.high <= 1 or not 0 < self.until <= 1:
+            raise ValueError(
+                f"places on the ramp fall, 0 <= low < start <= high <= 1, over a share 0 < until <= 1; given "
+                f"low = {self.low}, start = {self.start}, high = {self.high}, until = {self.until}"
+            )
+
+    def at(self, share: Array | float) -> TimeLaw:
+        """The law when a share in [0, 1] of the training is done."""
+        high = self.start + (self.high - self.start) * jnp.minimum(share / self.until, 1.0)
+        return functools.partial(_on_ramp, low=self.low, high=high, rho=self.rho)
+
+
+def law_at(law: TimeLaw | Descending, share: Array | float) -> TimeLaw:
+    """A law of times at a share of the training, which most do not depend on."""
+    return law.at(share) if isinstance(law, Descending) else law
 
 
 @dataclass(frozen=True)

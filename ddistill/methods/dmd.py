@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.losses.score import DirectionWeight, Normalised, directed, divergence_gradient
-from ddistill.losses.times import KarrasRamp, TimeLaw
+from ddistill.losses.times import Descending, TimeLaw, law_at
 from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import renoising_times
 from ddistill.methods.fake_scores import Auxiliary, Drawn, Fake, MultiSample
@@ -26,18 +26,20 @@ class DMD:
     in which no score is differentiated: the surrogate is ½‖x − sg(x − gradient)‖². Data-free: a batch tells the shape
     and the conditions of the samples.
 
-    fake: where s_fake comes from. times: the law of t, [.02, .98] of the ramp in the paper: low noise shapes the modes,
-    high noise weighs them. weight: w_t α_t (α_t/σ_t)², of μ_fake − μ_real; the paper's normaliser by default. Guidance
-    is the teacher's alone. every: the student is updated in one step of so many; the fake score, in each
-    rate, fake_rate: their learning rates. steps: with more than one the student learns to jump from its own samples,
-    renoised to `renoising_times` as when it is sampled (backward simulation; Yin et al. 2024b, sec. 4.4).
+    fake: where s_fake comes from. times: the law of t, `KarrasRamp` in the papers; here high noise, which weighs the
+    modes, begins, and low noise, which shapes them, joins in. weight: w_t α_t (α_t/σ_t)², of μ_fake − μ_real; the
+    paper's normaliser by default. Guidance is the teacher's alone. every: the student is updated in one step of so
+    many; the fake score in each. rate, fake_rate: their learning rates as multiples of the optimiser's, the student's
+    the smaller, so that the score of its samples can follow it. steps: with more than one the student learns to jump
+    from its own samples, renoised to `renoising_times` as when it is sampled (backward simulation; Yin et al. 2024b,
+    sec. 4.4).
     """
 
     fake: Fake = field(default_factory=Auxiliary)
-    times: TimeLaw = field(default_factory=KarrasRamp)
+    times: TimeLaw | Descending = field(default_factory=Descending)
     weight: DirectionWeight = field(default_factory=Normalised)
-    every: int = 2
-    rate: float = 1.0
+    every: int = 1
+    rate: float = 0.3
     fake_rate: float = 1.0
     steps: int = 1
     ema: float = 0.99
@@ -56,7 +58,7 @@ class DMD:
             drawn = draw(nets, batch, key)
             k_t, k_noise = jax.random.split(jax.random.split(key, 4)[3])
             x = jax.lax.stop_gradient(drawn.x)
-            t = self.times(process, k_t, x.shape[0])
+            t = law_at(self.times, progress.share)(process, k_t, x.shape[0])
             x_t = process.diffuse(x, jax.random.normal(k_noise, x.shape), t)
             real, fake = nets["teacher"](x_t, t, drawn.cond), self.fake(process, x_t, t, drawn)
             gradient = divergence_gradient(process, t, x, fake, real, self.weight)

@@ -18,9 +18,11 @@ from jax import Array
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.mixture import SCALE, Judge, judge
 from ddistill.integrators.exact import flow_map
-from ddistill.losses.times import LogNormal
+from ddistill.losses.times import KarrasRamp, LogNormal
 from ddistill.methods import Denoising
 from ddistill.methods.base import UNKNOWN, Method, Pairs, Round, Space, rounds, split_steps
+from ddistill.methods.dmd import DMD
+from ddistill.methods.fake_scores import Auxiliary, Fake
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx, retime
 from ddistill.networks.mlp import MLP
@@ -264,6 +266,11 @@ def starts(case: Case, seeds: int, steps: int = 1000, **sizes: int) -> list[Net]
     """For each seed a network fitted to the exact denoiser, where its students start."""
     fit = fitting(case, steps)
     return [fit(network(case, seed, **sizes), case.teacher, jax.random.key(1000 + seed)) for seed in range(seeds)]
+
+
+def published(fake: Fake | None = None, **changes: Any) -> DMD:
+    """Distribution matching as in its papers: all noise levels all the time, one learning rate for both networks."""
+    return DMD(fake or Auxiliary(), KarrasRamp(), rate=1.0, **changes)
 
 
 def over_seeds(seeds: int, one: Callable[[int], dict[Any, Any]]) -> dict[Any, np.ndarray]:

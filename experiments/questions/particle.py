@@ -34,7 +34,7 @@ def uneven() -> Mixture:
 
 def matching(fake: Fake | None = None, **changes: Any) -> DMD:
     """Distribution matching at log-uniform noise levels; by default with the exact score of the particles."""
-    return DMD(fake or MultiSample(), UniformLogSNR(), Normalised(1e-3), **changes)
+    return DMD(fake or MultiSample(), UniformLogSNR(), Normalised(1e-3), rate=1.0, **changes)
 
 
 def centred(key: Array) -> Array:

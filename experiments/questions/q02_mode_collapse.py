@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Distillation, case, command_line, conclude, over_seeds, starts, table
+from common import Distillation, case, command_line, conclude, over_seeds, published, starts, table
 from drawing import Panel, picture
 from particle import COUNT, Particles, collapsed, matching, summary, uneven
 
@@ -104,7 +104,7 @@ def particle_runs(steps: int) -> dict[str, tuple[Particles, bool]]:
     adversary = Adversary(noise=UniformLogSNR(), rate=0.1)
     plain, alone = matching(), {
         "distribution matching": matching(),
-        "– three of four σ above 1": DMD(MultiSample(), Emphasis(), matching().weight),
+        "– three of four σ above 1": DMD(MultiSample(), Emphasis(), matching().weight, rate=1.0),
         "– weighted by r (forward KL)": matching(ForwardWeight()),
         "– with a discriminator": Together(matching(), GAN(adversary, steps=1), 1.0),
     }  # fmt: skip
@@ -118,7 +118,7 @@ def students(seeds: int, steps: int) -> dict:
     grid = case(Mixture.load("grid25"))
     begin = starts(grid, seeds, 500, width=64, blocks=2)
     every = 2
-    plain = DMD(every=every)
+    plain = published(every=every)
     configs = {
         "distribution matching": plain,
         "+ regression, .25": Together(plain, KD(steps=(1,)), 0.25),

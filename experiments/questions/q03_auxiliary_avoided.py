@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from common import Distillation, case, command_line, conclude, digits, gmm8, over_seeds, starts, table
+from common import Distillation, case, command_line, conclude, digits, gmm8, over_seeds, published, starts, table
 from drawing import Panel, picture
 
 from ddistill.lora import LoRA
 from ddistill.losses.times import KarrasRamp
-from ddistill.methods.dmd import DMD
 from ddistill.methods.fake_scores import Auxiliary, Delta, Fake, Hybrid, MultiSample
 from ddistill.process import edm
 
@@ -56,7 +55,7 @@ def main(seeds: int = 3, steps: int = 500, out: str | None = None) -> dict:
         runs = {}
         for name, (fake, size) in FAKES.items():
             every = EVERY if fake.networks(edm(), lambda nets, batch, key: None) else 1
-            runs[name] = Distillation(world, DMD(fake, every=every), steps * every, size=size)
+            runs[name] = Distillation(world, published(fake, every=every), steps * every, size=size)
 
         def one(seed, world=world, begin=begin, runs=runs, d=d):
             row: dict = {}

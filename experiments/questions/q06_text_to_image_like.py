@@ -7,22 +7,21 @@ teacher pairs, and adversarial diffusion distillation. Precision, and recall and
 
 import jax
 import numpy as np
-from common import command_line, conclude, over_seeds, table
+from common import command_line, conclude, over_seeds, published, table
 from drawing import Panel, picture
 from prompts import ADVERSARY, PROCESS, Students, measure, starts, teacher
 
 from ddistill.data.pairs import teacher_pairs
 from ddistill.methods import KD
 from ddistill.methods.add import ADD
-from ddistill.methods.dmd import DMD
 from ddistill.methods.sds import SDS
 from ddistill.methods.together import Together
 
 SCALES = (1.0, 4.0)
 METHODS = {
     "SDS": SDS(),
-    "DMD": DMD(every=2),
-    "DMD + regression": Together(DMD(every=2), KD(steps=(1,)), 0.25),
+    "DMD": published(every=2),
+    "DMD + regression": Together(published(every=2), KD(steps=(1,)), 0.25),
     "ADD": ADD(ADVERSARY, steps=1, first=1.0),
 }
 MEASURES = ("precision", "recall", "diversity", "size")

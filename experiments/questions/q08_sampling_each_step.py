@@ -8,10 +8,9 @@ import time
 
 import jax
 import numpy as np
-from common import Case, Distillation, case, command_line, conclude, gmm8, over_seeds, starts, table
+from common import Case, Distillation, case, command_line, conclude, gmm8, over_seeds, published, starts, table
 from drawing import Panel, picture
 
-from ddistill.methods.dmd import DMD
 from ddistill.methods.fake_scores import MultiSample
 from ddistill.net import Net
 
@@ -21,7 +20,7 @@ QUEUES = (0, 1024)
 
 def run_of(world: Case, size: int, queue: int, steps: int) -> Distillation:
     """A distillation in so many steps."""
-    return Distillation(world, DMD(MultiSample(queue)), steps, size=size)
+    return Distillation(world, published(MultiSample(queue)), steps, size=size)
 
 
 def seconds_per_step(world: Case, size: int, queue: int, start: Net, count: int = 20) -> float:
