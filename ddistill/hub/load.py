@@ -16,6 +16,7 @@ from ddistill.hub.pickles import EDM_CLASSES, edm_definition
 from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
 from ddistill.net import Net, Preconditioning, from_nnx, split
+from ddistill.networks.autoencoder import current_name
 from ddistill.networks.edm2 import EDM2UNetConfig
 from ddistill.process import Process
 
@@ -87,6 +88,11 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_name": config["_class_name"], **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
+def open_weights(folder: Path | str, variant: str | None = None) -> dict[str, StoredTensor]:
+    """The tensors of the denoiser in a folder, attention's old names as today's; raises as `open_tensors`."""
+    return {current_name(name): tensor for name, tensor in open_tensors(parts_of(folder).network, variant).items()}
+
+
 def load_network(
     folder: Path | str,
     process: Process | None = None,
@@ -110,10 +116,11 @@ def load_network(
     kind, config = open_config(folder)
     if process is None or precondition is None:
         process, precondition = open_diffusion(folder)
-    tensors = open_tensors(parts_of(folder).network, variant)
-    return network_from(
-        tensors, lambda: kind.network(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)), process, precondition, mesh
-    )
+
+    def make() -> nnx.Module:
+        return kind.network(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+
+    return network_from(open_weights(folder, variant), make, process, precondition, mesh)
 
 
 def network_from(

@@ -166,8 +166,8 @@ def save_network(
 ) -> None:
     """Write a model's folder: config.json and its weights, in shards if they exceed `largest` bytes.
 
-    dtype: "fp16" or "bf16"; by default as the parameters are. What only students read is left out. Raises ValueError
-    for numbers that fp16 cannot hold.
+    params: with the buffers that such a model keeps. dtype: "fp16" or "bf16"; by default as they are. What only
+    students read is left out. Raises ValueError for numbers that fp16 cannot hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def save_pipeline(
     config = config_of(net)
     scheduler = scheduler_json(process, precondition) if scheduler is None else scheduler
     with written_whole(Path(to)) as part:
-        _write_parts(part, config, net.params, scheduler, dtype)
+        _write_parts(part, config, {**net.params, **net.rest}, scheduler, dtype)
 
 
 def export_student(
@@ -241,7 +241,7 @@ def export_student(
     config = config_of(student, teacher)
     with written_whole(Path(to)) as part:
         _copy_others(teacher, part)
-        _write_parts(part, config, params, made.scheduler, dtype)
+        _write_parts(part, config, {**params, **student.rest}, made.scheduler, dtype)
         (part / "README.md").write_text(_card(made, _guidance(student, guidance), about), encoding="utf-8")
     return made
 

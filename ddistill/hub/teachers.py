@@ -15,9 +15,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from ddistill.hub.configs import read_json
-from ddistill.hub.load import open_config, open_diffusion, parts_of, plan
+from ddistill.hub.load import open_config, open_diffusion, open_weights, parts_of, plan
 from ddistill.hub.pickles import edm_snapshot
-from ddistill.hub.tensors import STEMS, open_tensors, weights_file
+from ddistill.hub.tensors import STEMS, weights_file
 from ddistill.net import Preconditioning, from_nnx
 from ddistill.process import Process
 from ddistill.version import version
@@ -97,7 +97,7 @@ def check_teacher(folder: Path | str, variant: str | None = None) -> Summary:
     net = from_nnx(
         nnx.eval_shape(lambda: kind.network(config, dtype=jnp.float32, rngs=nnx.Rngs(0))), process, precondition
     )
-    read, _ = plan(open_tensors(parts_of(folder).network, variant), net)
+    read, _ = plan(open_weights(folder, variant), net)
     count = sum(math.prod(net.params[path].shape) for path in read if path in net.params)
     return Summary(kind.name, count, process, precondition)
 
