@@ -8,15 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from ddistill import sharding
 from ddistill.hub.configs import parsed, read_json
+from ddistill.hub.load import read_params
 from ddistill.hub.tensors import open_tensors
-from ddistill.hub.weights import check, params_from, tensors_of
 from ddistill.net import Definition, split
 from ddistill.networks.autoencoder import (
     AutoencoderKL,
@@ -76,14 +74,7 @@ def load_autoencoder(
     config = parsed(kind, name, raw)
     abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
     tensors = {current_name(n): tensor for n, tensor in open_tensors(folder, variant).items()}
-    wanted = {path: tensors_of(path, leaf.shape) for path, leaf in abstract.items()}
-    check({t.name: t.shape for ts in wanted.values() for t in ts}, {n: tensor.shape for n, tensor in tensors.items()})
-    places = {} if mesh is None else sharding.state_shardings(mesh, abstract)
-    params = {}
-    for path, leaf in abstract.items():
-        read = params_from({t.name: np.asarray(tensors[t.name]) for t in wanted[path]}, {path: leaf})
-        params[path] = jax.device_put(read[path], places.get(path))
-    return Autoencoder(config, params, rest, code)
+    return Autoencoder(config, read_params(tensors, abstract, mesh), rest, code)
 
 
 def _scale(config: Any) -> tuple[float, float]:
