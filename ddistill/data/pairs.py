@@ -2,17 +2,20 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from ddistill import grids
+from ddistill.data.arrays import Source
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.process import Process
-from ddistill.sharding import batch_sharding, local_mesh, replicated
+from ddistill.sharding import batch_sharding, local_mesh, put_batch, replicated
 
 Make = Callable[[int, int], dict[str, np.ndarray]]
 """(first, count) -> the pairs first, …, first + count − 1."""
@@ -81,6 +84,8 @@ def pair_maker(
             made = _make(*there, indices, process, tuple(shape), steps, num_classes, integrator, points)
             parts.append(jax.device_get(made))
         made = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+        if points:  # here and not in _make, where XLA may compute the noise twice and round differently
+            made["path"] = np.concatenate([made["noise"][:, None], made["path"]], axis=1)
         _check_finite(made, first, integrator, steps)
         return made
 
@@ -99,12 +104,11 @@ def _make(
     integrator: Callable,
     points: int,
 ) -> dict[str, Array]:
-    """The pairs of these numbers."""
+    """The pairs of these numbers; path lacks its first point, the noise."""
     segments = _segments(process, steps, points)
     noisy = _draws_noise(integrator, process, segments[-1][-1], shape)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(indices)
-    # Computed once: XLA would repeat it for path and noise, and round differently.
-    noise = jax.lax.optimization_barrier(jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0]))
+    noise = jax.vmap(lambda k: process.prior(k, shape))(keys[:, 0])
     cond = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys[:, 1]) if num_classes else None
 
     def alone(nodes, x, cond, key, i):
@@ -119,13 +123,45 @@ def _make(
             after = integrator(teacher.bind(cond), process, nodes, x).x
         return after, after
 
-    x, passed, number = noise, [noise[:, None]], 0
+    x, passed, number = noise, list[Array](), 0
     for part in segments:
         x, ends = jax.lax.scan(step, x, (jnp.asarray(part, x.dtype), number + jnp.arange(len(part))))
         passed.append(jnp.moveaxis(ends, 0, 1))
         number += len(part)
     made = {"noise": noise, "x": x} | ({} if cond is None else {"cond": cond})
     return made | ({"path": jnp.concatenate(passed, axis=1)} if points else {})
+
+
+def fresh_pairs(
+    teacher: Net,
+    process: Process,
+    key: Array,
+    data: Source,
+    mesh: Mesh,
+    *,
+    steps: int = 64,
+    integrator: Callable = dpmpp_3m,
+) -> Source:
+    """Batches of pairs that are made when they are asked for: noise and x, for the cond of a batch of data.
+
+    Nothing is stored, so that conditions may be as large as prompts are, at the price of integrating the teacher for
+    each batch. The noise depends on the key and the step alone. Batches lie on the mesh, as the teacher does.
+    """
+    at_least_one(steps=steps)
+    grid = grids.karras(process, steps)
+
+    @jax.jit
+    def make(teacher: Net, key: Array, like: Array, cond: Any) -> dict[str, Array]:
+        k_noise, k_steps = jax.random.split(key)
+        noise = process.prior(k_noise, like.shape)
+        made = {"noise": noise, "x": integrator(teacher.bind(cond), process, grid, noise, k_steps).x}
+        return jax.lax.with_sharding_constraint(made, batch_sharding(mesh))
+
+    def source(step: int) -> dict[str, Any]:
+        batch = put_batch(mesh, {name: a for name, a in data(step).items() if name in ("x", "cond")})
+        return batch | make(teacher, jax.random.fold_in(key, step), batch["x"], batch.get("cond"))
+
+    return source
 
 
 def gathered(teacher: Net) -> Net:

@@ -74,7 +74,8 @@ def load_autoencoder(
     config = parsed(kind, name, raw)
     abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
     tensors = {current_name(n): tensor for n, tensor in open_tensors(folder, variant).items()}
-    return Autoencoder(config, read_params(tensors, abstract, mesh), rest, code)
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
+    return Autoencoder(config, read_params(tensors, shapes, mesh), rest, code)
 
 
 def _scale(config: Any) -> tuple[float, float]:
