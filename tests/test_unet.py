@@ -1,6 +1,7 @@
 """diffusers' UNets: equal to PyTorch's in value and derivative, for every block and option that checkpoints use."""
 
 import math
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,7 @@ def torch_texts(config, given, x, w=None, labels=None):
     return torch_answers(torch_model(config, "UNet2DConditionModel"), call, nchw(x), arrange=nhwc, restore=nhwc)
 
 
+@cache
 def ask(case):
     """Module, condition and input of a case; two of the modules keep less for the backward pass."""
     x = values(1, B, SIDE, SIDE, 3 if case in PIXELS else 4)
@@ -407,19 +409,31 @@ def test_bfloat16_stays_near_float32(ours):
     assert 1e-5 < np.linalg.norm(out - there) / np.linalg.norm(there) < 0.05
 
 
-@pytest.mark.parametrize(("case", "remat"), [("unet_sd", False), ("unet_sdxl", True), ("unet_consistency", True)])
-def test_blocks_are_features_and_can_be_forgotten_for_the_backward_pass(case, remat):
-    module, cond, x = ask(case)
-    net, half = from_nnx(module, vp(), EpsPrecondition()), SIDE // 2
-    levels = len(module.config.block_out_channels)
-    found = jax.eval_shape(lambda net, x: features(net, x, 0.5, cond), net, x)
-    assert [*found] == [f"{way}_blocks.{i}" for way in ("down", "up") for i in range(levels)]
-    assert found["down_blocks.0"].shape == (B, half, half, 8)
-    assert found["up_blocks.0"].shape[1:3] == (2 * SIDE // 2 ** (levels - 1),) * 2
+def test_blocks_are_features():
+    module, cond, x = ask("unet_sd")
     inner = ["down_blocks.0.resnets.0", "mid_block.attentions.0"]
-    found = jax.eval_shape(lambda net, x: features(net, x, 0.5, cond, layers=inner), net, x)
-    assert [f.shape[-1] for f in found.values()] == [8, 16]
-    assert ("checkpoint" in str(jax.make_jaxpr(lambda net, x: net(x, 0.5, cond))(net, x))) == remat
+
+    def find(net, x):
+        return features(net, x, 0.5, cond), features(net, x, 0.5, cond, layers=inner)
+
+    found, more = jax.eval_shape(find, from_nnx(module, vp(), EpsPrecondition()), x)
+    assert [*found] == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
+    assert found["down_blocks.0"].shape == (B, SIDE // 2, SIDE // 2, 8)
+    assert found["up_blocks.0"].shape == (B, SIDE, SIDE, 16)
+    assert [f.shape[-1] for f in more.values()] == [8, 16]
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+    module, cond, x = ask("unet_consistency")
+    kept = []
+    for remat in (True, False):
+        other = nnx.eval_shape(lambda remat=remat: UNet2D(module.config, remat=remat, rngs=rngs_of(0)))
+        params, rest, code = split(other)
+        back = jax.eval_shape(lambda p, r, code=code: jax.vjp(lambda p: code(p, r)(x, TIMES, cond), p)[1], params, rest)
+        kept.append(
+            sum(math.prod(a.shape) for a in jax.tree.leaves(back)) - sum(math.prod(p.shape) for p in params.values())
+        )
+    assert kept[0] < kept[1] / 4
 
 
 XL = UNet2DConditionConfig(
@@ -481,12 +495,19 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_networks_have_their_number_of_parameters(name):
-    config, count = PUBLISHED[name]
+@cache
+def published(name):
+    """Names and shapes of the tensors of a published network, as ours has them."""
+    config, _ = PUBLISHED[name]
     make = UNet2D if isinstance(config, UNet2DConfig) else UNet2DCondition
     shapes = shapes_of(lambda: make(config, rngs=rngs_of(0)))
-    assert sum(math.prod(s) for p, s in shapes.items() if not p.startswith(("target.", "guidance."))) == count
+    parts = [t for p, s in shapes.items() if not p.startswith(("target.", "guidance.")) for t in tensors_of(p, s)]
+    return {t.name: t.shape for t in parts}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_have_their_number_of_parameters(name):
+    assert sum(map(math.prod, published(name).values())) == PUBLISHED[name][1]
 
 
 @pytest.mark.torch
@@ -494,12 +515,9 @@ def test_published_networks_have_their_number_of_parameters(name):
 def test_published_networks_have_the_names_and_shapes_of_diffusers(name):
     torch = pytest.importorskip("torch")
     config, _ = PUBLISHED[name]
-    make = UNet2D if isinstance(config, UNet2DConfig) else UNet2DCondition
     with torch.device("meta"):
-        model = torch_model(config, "UNet2DModel" if make is UNet2D else "UNet2DConditionModel")
-    shapes = shapes_of(lambda: make(config, rngs=rngs_of(0)))
-    parts = [t for p, s in shapes.items() if not p.startswith(("target.", "guidance.")) for t in tensors_of(p, s)]
-    assert {t.name: t.shape for t in parts} == {n: tuple(p.shape) for n, p in model.state_dict().items()}
+        model = torch_model(config, "UNet2DModel" if isinstance(config, UNet2DConfig) else "UNet2DConditionModel")
+    assert published(name) == {n: tuple(p.shape) for n, p in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
