@@ -10,6 +10,7 @@ import optax
 from ddistill import sharding
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
+from ddistill.data.inverted import beside_inverted
 from ddistill.log import Log, Silent
 from ddistill.methods.base import UNKNOWN, Made, Method, Metrics, Pairs, Space, rounds, split_steps
 from ddistill.net import Net, retime, two_way
@@ -71,7 +72,15 @@ def stages_of(
             return guide(teacher) if first else teacher
 
         def batches(teacher: Net, wanted=part.method.pairs, target=there, number=i) -> Source:
-            return data() if wanted is None else pairs(teacher, target, wanted, number)
+            if wanted is None:
+                return data()
+            made = pairs(teacher, target, wanted, number)
+            if not wanted.inverted:
+                return made
+            return beside_inverted(
+                made, data(), teacher, target,
+                share=wanted.inverted, count=wanted.count, steps=wanted.steps, integrator=wanted.integrator,
+            )  # fmt: skip
 
         name = part.name if len(parts) == 1 else f"student-{part.name}"
         stages.append(
@@ -110,7 +119,7 @@ def run(
     for i, stage in enumerate(stages):
         before = results[-1] if results else first
         teacher = stage.enter(before)
-        trainer = last[1] if last and _trains_alike(last[0], stage) else _trainer(stage, mesh)
+        trainer = last[1] if last and _trains_alike(last[0], stage) else trainer_of(stage, mesh)
         last = stage, trainer
         guided = stage.enter(stage.guide(before))
         nets, state = prepare(trainer, teacher, guided, jax.random.fold_in(key, i), stage.space)
@@ -128,7 +137,8 @@ def run(
     return results
 
 
-def _trainer(stage: Stage, mesh: jax.sharding.Mesh) -> Trainer:
+def trainer_of(stage: Stage, mesh: jax.sharding.Mesh) -> Trainer:
+    """What trains a stage, with optimisers made for the number of updates that each network gets."""
     optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
     return make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate)
 

@@ -10,7 +10,6 @@ import pytest
 
 from ddistill.lora import LoRA
 from ddistill.losses.score import Likelihood, NoisePrediction
-from ddistill.losses.times import Nodes
 from ddistill.losses.weightings import DataWeight
 from ddistill.methods import KD, Progressive, RectifiedFlow
 from ddistill.methods.base import UNKNOWN, Progress, Space
@@ -20,7 +19,7 @@ from ddistill.methods.fake_scores import Auxiliary, Delta, Drawn, MultiSample
 from ddistill.methods.sds import SDS, particles, sds_gradient
 from ddistill.methods.together import Together
 from ddistill.mixture import Mixture, as_teacher
-from ddistill.net import Net, guided
+from ddistill.net import Net, from_extra_scale, guided
 from ddistill.process import edm, flow, vp
 from ddistill.stages import Stage, prepare, run
 from ddistill.train import make_trainer
@@ -30,6 +29,8 @@ EDM = edm()
 X = jnp.zeros((64, 1))
 PROGRESS = Progress(0)
 KEY = jax.random.key(0)
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def gaussian(process=EDM, std=C):
@@ -49,6 +50,16 @@ def generator(mean=0.0, std=C, process=EDM):
         return params["mean"] + params["std"] * x / process.sigma(t)[:, None]
 
     return Net({"mean": jnp.asarray(mean), "std": jnp.asarray(std)}, {}, draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Every time the same."""
+
+    t: float
+
+    def __call__(self, process, key, n):
+        return jnp.full((n,), self.t)
 
 
 def untraceable(net):
@@ -71,32 +82,31 @@ def untraceable(net):
 def test_a_student_with_the_teachers_distribution_stays():
     nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian()}
     loss = DMD()(EDM).losses["student"]
-    gradient = jax.grad(
-        lambda p: loss(nets | {"student": nets["student"].replace(params=p)}, {"x": X}, PROGRESS, KEY)[0]
+    gradient = jax.jit(
+        jax.grad(lambda p: loss(nets | {"student": nets["student"].replace(params=p)}, {"x": X}, PROGRESS, KEY)[0])
     )
     assert all(float(jnp.abs(g)) == 0 for g in jax.tree.leaves(gradient(nets["student"].params)))
 
 
-def test_a_student_is_pulled_towards_the_teachers_distribution():
-    method = DMD(weight=Likelihood(), times=Nodes())(EDM)
+def test_the_students_gradient_is_that_of_the_divergence():
+    """KL(N(m, s² + σ²) ‖ N(0, c² + σ²)) by m and s, of a student whose fake score is exact."""
+    m, s, sigma, n = 0.4, 0.8, 0.5, 40_000
+    method = DMD(weight=Likelihood(), times=At(sigma))(EDM)
 
-    def gradient(mean, std):
-        # A fake score that is exact for the student, so that only the direction of the difference is at stake.
-        def fake(params, rest, x, t, cond, *, s, key):
-            gain = std**2 / (std**2 + t[:, None] ** 2)
-            return mean + gain * (x - mean)
+    def fake(params, rest, x, t, cond, *, s, key):
+        return m + 0.8**2 / (0.8**2 + t[:, None] ** 2) * (x - m)
 
-        nets = {"student": generator(mean, std), "teacher": gaussian(), "fake": Net({}, {}, fake)}
+    nets = {"student": generator(m, s), "teacher": gaussian(), "fake": Net({}, {}, fake)}
 
-        def value(params):
-            return method.losses["student"](
-                nets | {"student": nets["student"].replace(params=params)}, {"x": X}, PROGRESS, KEY
-            )[0]
+    def value(params):
+        student = nets["student"].replace(params=params)
+        return method.losses["student"](nets | {"student": student}, {"x": jnp.zeros((n, 1))}, PROGRESS, KEY)[0]
 
-        return jax.grad(value)(nets["student"].params)
-
-    assert gradient(0.4, C)["mean"] > 0 > gradient(-0.4, C)["mean"]
-    assert gradient(0.0, 2 * C)["std"] > 0 > gradient(0.0, C / 2)["std"]
+    gradient = jax.jit(jax.grad(value))(nets["student"].params)
+    real, own = C**2 + sigma**2, s**2 + sigma**2
+    # By z: m/real and s (1/real − 1/own), with standard errors below 1.5/√n.
+    assert gradient["mean"] == pytest.approx(m / real, abs=4 * 1.5 / np.sqrt(n))
+    assert gradient["std"] == pytest.approx(s * (1 / real - 1 / own), abs=4 * 1.5 / np.sqrt(n))
 
 
 def test_the_fake_score_learns_the_students_distribution():
@@ -104,10 +114,11 @@ def test_the_fake_score_learns_the_students_distribution():
 
     def value(std):
         nets = {"student": generator(0.0, 0.8), "fake": gaussian(std=std)}
-        return method.losses["fake"](nets, {"x": jnp.zeros((40_000, 1))}, PROGRESS, KEY)[0]
+        return method.losses["fake"](nets, {"x": jnp.zeros((4000, 1))}, PROGRESS, KEY)[0]
 
-    assert abs(float(jax.grad(value)(0.8))) < 0.1 * abs(float(jax.grad(value)(0.5)))
-    assert jax.grad(value)(0.5) < 0 < jax.grad(value)(1.2)
+    narrow, right, broad = map(jax.jit(jax.grad(value)), (0.5, 0.8, 1.2))
+    assert abs(right) < 0.1 * abs(narrow)
+    assert narrow < 0 < broad
 
 
 def test_neither_scores_nor_noised_samples_are_differentiated():
@@ -154,8 +165,27 @@ def test_score_distillation_is_distribution_matching_with_a_point_mass_and_with_
 
     one = grad(SDS())
     for fake in (Delta(), MultiSample()):
-        other = grad(DMD(fake, weight=NoisePrediction()))
+        other = grad(DMD(fake, SDS().times, SDS().weight))
         np.testing.assert_array_equal(jax.tree.leaves(other), jax.tree.leaves(one))
+
+
+def test_score_distillation_takes_guidance_in_either_convention():
+    def apply(params, rest, x, t, cond, *, s, key):
+        return 0.5 * x * jnp.where(cond >= 0, 1.0, 0.6)[:, None]
+
+    x, noise, t = jnp.asarray([[0.4, -0.3]]), jnp.asarray([[-0.2, 0.9]]), jnp.asarray([0.8])
+    teacher = Net({}, {}, apply)
+    x_t, cond, null = x + 0.8 * noise, jnp.asarray([2]), jnp.asarray([-1])
+    with_cond, without = ((x_t - teacher(x_t, t, c)) / 0.8 for c in (cond, null))
+
+    def gradient(w):
+        strong = guided(teacher, w, np.int32(-1))
+        return sds_gradient(strong, EDM, x, t, noise, cond, weight=NoisePrediction(0.0))
+
+    imagen = without + 7.5 * (with_cond - without) - noise
+    threestudio = with_cond + 7.5 * (with_cond - without) - noise  # 1 more, by its own name for the scale
+    np.testing.assert_allclose(gradient(7.5), imagen, rtol=1e-5)
+    np.testing.assert_allclose(gradient(from_extra_scale(7.5)), threestudio, rtol=1e-5)
 
 
 def test_variational_score_distillation_takes_the_fake_score_of_a_network():

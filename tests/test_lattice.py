@@ -14,7 +14,6 @@ import pytest
 
 from ddistill.integrators import ddim, ddpm, euler, heun, sde_dpmpp_2m
 from ddistill.losses.distances import L2, PseudoHuber
-from ddistill.losses.score import NoisePrediction
 from ddistill.losses.times import Nodes, Uniform
 from ddistill.losses.weightings import DataWeight, VelocityWeight
 from ddistill.methods import ADD, DMD, KD, SDS, Consistency, Denoising, LatentConsistency, MultiSample, sds_gradient
@@ -252,7 +251,7 @@ def test_a_distilled_rectified_flow_is_knowledge_distillation(draws):
 
 @pytest.mark.parametrize("process", [edm(), vp(), flow()], ids=lambda p: type(p.schedule).__name__)
 def test_score_distillation_is_distribution_matching_by_point_masses_and_by_one_sample(process):
-    matching = [DMD(fake, weight=NoisePrediction()) for fake in (Delta(), MultiSample())]
+    matching = [DMD(fake, SDS().times, SDS().weight) for fake in (Delta(), MultiSample())]
     sds, *others = (loss_of(config(process), process, x=jnp.zeros((1, 2))) for config in (SDS(), *matching))
     for other in others:
         np.testing.assert_allclose(other, sds, rtol=1e-5)

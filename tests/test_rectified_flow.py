@@ -22,6 +22,7 @@ from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net, retime
 from ddistill.process import edm, flow, trig, vp
 from ddistill.sample import sample
+from ddistill.stages import stages_of
 
 C, FLOW = 0.5, flow()
 PAIRS = Pairs(100, 8)
@@ -206,6 +207,32 @@ def test_pairs_hold_the_noise_of_t_one_and_the_data_it_flows_to():
     np.testing.assert_allclose(made["noise"].std(), 1, rtol=4 / np.sqrt(16_000))
     # The flow's map is z c; the teacher's own ends at σ = 80, where it is 1/80 of c² away from it.
     np.testing.assert_allclose(made["x"], C * made["noise"], rtol=2e-3, atol=1e-3)
+
+
+def test_a_share_of_the_pairs_is_data_and_the_noise_it_flows_to():
+    rng = np.random.default_rng(0)
+    stored = rng.normal(0, C, (6, 10, 2)).astype(np.float32)
+
+    def data(step):
+        return {"x": stored[step], "cond": np.full(10, step)}
+
+    def pairs(teacher, process, wanted, number):
+        return lambda step: {"x": np.zeros((10, 2), np.float32), "noise": np.ones((10, 2)), "cond": np.full(10, -1)}
+
+    made = Reflow(k=2, count=40, teacher_steps=96, inverted=0.3)(edm())
+    width = np.hypot((1 - FLOW.t_min) * C, FLOW.t_min)  # of data at t_min, which the flow takes to N(0, 1)
+    stage = stages_of(made, edm(), 10, data=lambda: data, pairs=pairs, optimizer=None)[0]
+    source = stage.source(gaussian())
+    for step in range(8):
+        batch, there = source(step), step % 4  # 12 of 40 are inverted, three in each of four batches
+        np.testing.assert_array_equal(batch["cond"], [-1] * 7 + [there] * 3)
+        np.testing.assert_array_equal(batch["x"][7:], stored[there, :3])
+        np.testing.assert_allclose(batch["noise"][7:], stored[there, :3] / width, rtol=1e-3)
+        assert np.all(batch["noise"][:7] == 1) and np.all(batch["x"][:7] == 0)
+    assert [r.method.pairs.inverted for r in made] == [0.3, 0.3] and Reflow()(edm())[0].method.pairs.inverted == 0
+    for wrong in ({"inverted": 1.2}, {"inverted": 0.5, "points": 4}):
+        with pytest.raises(ValueError, match="a share of pairs without path"):
+            Pairs(10, 4, **wrong)
 
 
 def test_straightness_and_cost_of_gaussian_data_in_closed_form():

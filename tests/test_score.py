@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from ddistill.losses.score import (
     Likelihood,
@@ -73,6 +74,26 @@ def test_the_error_falls_with_the_number_of_samples_as_one_over_n():
 
     few, many = error(64), error(4096)
     assert few / many == pytest.approx(64, rel=0.35)
+
+
+def test_bias_and_variance_fall_with_the_constants_of_the_quotient_of_means():
+    # References 0 and 1 with probability p of a 1: an average over the binomial law of how many are 1.
+    process, p, x_t, sigma = edm(), 0.3, 0.8, 0.6
+    w = np.exp(-((x_t - np.asarray([0.0, 1.0])) ** 2) / (2 * sigma**2))
+    law, r = np.asarray([1 - p, p]), np.asarray([0.0, 1.0])
+    mean = law @ (w * r) / (law @ w)
+    bias = -(law @ (w**2 * (r - mean))) / (law @ w) ** 2  # the delta method for Σ w r/Σ w, times n
+    variance = law @ (w**2 * (r - mean) ** 2) / (law @ w) ** 2
+    for n, near in ((64, 0.05), (256, 0.0125)):
+        ones = np.arange(n + 1)
+        place = np.arange(n)
+        mine = np.concatenate([place < (n - ones)[:, None], place < ones[:, None]], axis=1)
+        references = jnp.asarray(np.repeat(r, n)[:, None], jnp.float32)
+        x, t = jnp.full((n + 1, 1), x_t), jnp.full(n + 1, sigma)
+        found = np.asarray(multi_sample_denoiser(process, x, t, references, jnp.asarray(mine)), np.float64)[:, 0]
+        weight = stats.binom.pmf(ones, n, p)
+        assert n * (weight @ found - mean) == pytest.approx(bias, rel=near)
+        assert n * (weight @ (found - weight @ found) ** 2) == pytest.approx(variance, rel=near)
 
 
 def test_weights_keep_their_digits_at_small_noise(x64):

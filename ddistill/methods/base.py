@@ -56,20 +56,36 @@ class Pairs:
 
     points: with n > 0 the batch also holds `path` [B, n + 1, ...], the trajectory at the n + 1 nodes of Karras' grid of
     n intervals, from the noise to the data; steps are rounded up so that these are among the integrator's nodes.
+    inverted: the share of each batch whose x is data and whose noise is where the integrator takes it (rf++). count = 0
+    makes the pairs of a batch when it is needed, for the conditions of a batch of data, prompts too, and keeps none.
+    Raises ValueError for a share outside [0, 1], for one together with points, and for either where count is 0.
     """
 
     count: int
     steps: int
     integrator: Callable = dpmpp_3m
     points: int = 0
+    inverted: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.inverted <= 1 or (self.inverted and self.points):
+            raise ValueError(
+                f"inverted = {self.inverted} is a share of pairs without path, from 0 to 1; points = {self.points}"
+            )
+        if not self.count and (self.inverted or self.points):
+            raise ValueError("pairs made batch by batch (count = 0) have no path and none that are inverted")
 
 
 @dataclass(frozen=True)
 class Space:
-    """What samples look like, for networks that are made for them: their shape, and how many classes they have."""
+    """What samples look like, for networks that are made for them: their shape, and how many classes they have.
+
+    null: the condition that means none, without leading axes, where conditions are no labels.
+    """
 
     shape: tuple[int, ...] = ()
     num_classes: int = 0
+    null: Any = None
 
 
 UNKNOWN = Space()

@@ -89,7 +89,8 @@ class Reflow:
     the line to its noise, at t = 1 and the other nodes j/nodes; where x̂0 is right so is every jump along the line, and
     one student serves each number of steps that divides `nodes`. nodes = 1 is one step alone, 0 no distillation.
     shares: of the training steps: 2-RF, which hands its errors down, each later flow, distillation. Times uniform make
-    the best flow to make pairs with; `UShaped` ones (rf++) make one better in a single step. Data-free.
+    the best flow to make pairs with; `UShaped` ones (rf++) make one better in a single step. Data-free, unless a share
+    `inverted` of the pairs is data and the noise that the flow takes it to (rf++).
     """
 
     k: int = 3
@@ -101,14 +102,15 @@ class Reflow:
     teacher_steps: int = 96
     flow_steps: int = 24
     integrator: Callable = dpmpp_3m
+    inverted: float = 0.0
     shares: tuple[float, float, float] = (3.0, 1.0, 2.0)
 
     def __call__(self, process: Process) -> tuple[Round, ...]:
         """The rounds for a teacher of any process."""
         if self.k < 2:
             raise ValueError(f"k = {self.k}: reflow makes k-RF with k >= 2; RectifiedFlow is 1-RF")
-        of_teacher = Pairs(self.count, self.teacher_steps, self.integrator)
-        of_flow = Pairs(self.count, self.flow_steps, self.integrator)
+        of_teacher = Pairs(self.count, self.teacher_steps, self.integrator, inverted=self.inverted)
+        of_flow = Pairs(self.count, self.flow_steps, self.integrator, inverted=self.inverted)
         later = dataclasses.replace(self.regression, pairs=of_flow)(process)
         rounds = [Round("2-rf", dataclasses.replace(self.regression, pairs=of_teacher)(process), self.shares[0])]
         rounds += [Round(f"{k}-rf", later, self.shares[1], k - 2) for k in range(3, self.k + 1)]
