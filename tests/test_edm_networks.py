@@ -29,6 +29,7 @@ from ddistill.networks.edm import (
     upsample,
 )
 from ddistill.networks.edm2 import EDM2UNet, EDM2UNetConfig, normalised
+from ddistill.networks.layers import rngs_of
 from ddistill.process import discrete_vp, edm, squared_cosine_betas, vp
 
 SONG = SongUNetConfig(
@@ -90,7 +91,7 @@ def their_answers(network, cond):
 
 def ours(kind, config, **options):
     """A network of ours; what is saved but not trained has the values of its name too."""
-    module = kind(config, rngs=nnx.Rngs(0), **options)
+    module = kind(config, rngs=rngs_of(0), **options)
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param))):
         name = ".".join(map(str, path))
         variable[...] = weights({name: variable.shape})[name]
@@ -201,7 +202,7 @@ SIZES = {
 def test_published_networks_have_their_number_of_parameters(name):
     """Counted from NVlabs' code; without EDM2's 128 of logvar."""
     kind, config, count = SIZES[name]
-    shapes = shapes_of(lambda: kind(config, rngs=nnx.Rngs(0)))
+    shapes = shapes_of(lambda: kind(config, rngs=rngs_of(0)))
     assert sum(math.prod(s) for p, s in shapes.items() if not p.startswith(("target.", "guidance."))) == count
 
 
@@ -279,9 +280,9 @@ def test_bad_inputs_are_told():
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(SONG, **bad)
     with pytest.raises(ValueError, match="10 channels do not split into 2 groups|do not split"):
-        nnx.eval_shape(lambda: SongUNet(dataclasses.replace(SONG, model_channels=9), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: SongUNet(dataclasses.replace(SONG, model_channels=9), rngs=rngs_of(0)))
     for kind, config in KINDS.values():
-        plain = nnx.eval_shape(lambda: kind(dataclasses.replace(config, label_dim=0), rngs=nnx.Rngs(0)))
+        plain = nnx.eval_shape(lambda: kind(dataclasses.replace(config, label_dim=0), rngs=rngs_of(0)))
         graph, state = nnx.split(plain)
         for x, cond, words in (
             (X, LABELS, f"this {kind.__name__} was built without classes"), (X[:, :7], None, "multiples of 2"),

@@ -29,6 +29,7 @@ from ddistill.hub.weights import tensors_from
 from ddistill.net import EDMPrecondition, EpsPrecondition, split
 from ddistill.networks.edm import DhariwalUNetConfig, SongUNet, SongUNetConfig, VEPrecondition
 from ddistill.networks.edm2 import EDM2UNetConfig
+from ddistill.networks.layers import rngs_of
 
 STORAGES = {
     "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
@@ -197,7 +198,7 @@ def snapshot(tmp_path_factory):
     """A snapshot of a small network, and the tensors in it; its source code would leave a file behind if it ran."""
     folder = tmp_path_factory.mktemp("snapshot")
     config = edm_definition({**SONG, "class_name": "EDMPrecond"})[0]
-    params, rest, _ = split(nnx.eval_shape(lambda: SongUNet(config, rngs=nnx.Rngs(0))))
+    params, rest, _ = split(nnx.eval_shape(lambda: SongUNet(config, rngs=rngs_of(0))))
     shapes = {**params, **rest}
     tensors = dict(tensors_from({p: some("int8", *a.shape).astype(np.float16) for p, a in shapes.items()}))
     saved = {f"model.{k}": v for k, v in tensors.items()}

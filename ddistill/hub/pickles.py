@@ -26,6 +26,7 @@ from ddistill.hub.weights import OURS, params_from
 from ddistill.net import EDMPrecondition, EpsPrecondition, Net, Preconditioning, PyTree, from_nnx
 from ddistill.networks.edm import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig, VEPrecondition
 from ddistill.networks.edm2 import EDM2UNet, EDM2UNetConfig
+from ddistill.networks.layers import rngs_of
 from ddistill.process import Process, discrete_vp, edm, squared_cosine_betas, vp
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -151,7 +152,7 @@ def edm_net(path: Path | str, network: str = "ema", *, dtype: jnp.dtype = jnp.fl
     tensors, init = edm_snapshot(path, network)
     config, process, precondition = edm_definition(init)
     kind = _NETWORKS[type(config)]
-    module = nnx.eval_shape(lambda: kind(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: kind(config, dtype=dtype, remat=remat, rngs=rngs_of(0)))
     net = from_nnx(module, process, precondition)
     read = params_from(tensors, {**net.params, **net.rest})
     ours = {name: jnp.zeros(p.shape, p.dtype) for name, p in net.params.items() if name.startswith(OURS)}
