@@ -15,7 +15,8 @@ from ddistill.hub.load import load_network
 from ddistill.hub.save import export_lora, export_student, recipe, save_network, save_pipeline, without_inputs
 from ddistill.hub.tensors import open_tensors
 from ddistill.lora import LoRA, LowRank, adapt, delta, merge
-from ddistill.net import EDMPrecondition, Scaled, VPrecondition, from_nnx, retime
+from ddistill.net import EDMPrecondition, Scaled, VPrecondition, from_nnx, module_of, retime
+from ddistill.networks.conditions import Prompt
 from ddistill.process import discrete_vp, edm, flow, linear_betas
 from ddistill.sample import sample
 
@@ -56,8 +57,7 @@ def noise_of(made, seed=1):
 CASES = {
     "ddim": ("epsilon", lambda p: grids.uniform(p, 4), 0.0, ()),
     "ddim_one_step": ("v", lambda p: grids.uniform(p, 1), 0.0, ("target", "guidance")),
-    "tcd": ("v", lambda p: grids.karras(p, 3), 0.0, ("guidance",)),
-    "tcd_x0": ("x0", lambda p: grids.karras(p, 3), 0.0, ()),
+    "tcd": ("x0", lambda p: grids.karras(p, 3), 0.0, ("guidance",)),
     "lcm": ("epsilon", lambda p: grids.lcm(p, 4), 1.0, ("target", "guidance")),
     "lcm_any_times": ("v", lambda p: grids.karras(p, 3), 1.0, ("target",)),
     "flow": ("flow", lambda p: grids.flow_shifted(3, 2.0), 0.0, ("guidance",)),
@@ -148,37 +148,51 @@ def test_a_consistency_model_is_sampled_by_its_scheduler(tmp_path, monkeypatch):
     assert one.call == {"num_inference_steps": 1} and one.times == (80.0, 0.0)
 
 
+TEXT_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 4,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 6,
+    "attention_head_dim": 2,
+    "transformer_layers_per_block": 2,
+}
+
+
 @pytest.mark.torch
-def test_a_lora_student_opens_in_diffusers(folders, tmp_path):
+def test_a_lora_student_opens_in_diffusers(tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    teacher, process = load_network(folders / "v"), diffusion_of({**DDIM, "beta_schedule": "scaled_linear"})[0]
-    layers = ("*attn1.*.kernel", "pos_embed.proj.kernel", "proj_out_2.kernel")
+    write_pipeline(tmp_path / "p", TEXT_UNET, part="unet")
+    teacher, process = load_network(tmp_path / "p"), diffusion_of(DDIM)[0]
+    layers = ("*attn*.to_*.kernel", "*conv1.kernel", "time_embedding.*.kernel")
     adapted = adapt(teacher, LoRA(rank=2, alpha=6.0, layers=layers), jax.random.key(0))
     keys = jax.random.split(KEY, len(adapted.params))
     drawn = {n: jax.random.normal(k, p.shape) / 9 for k, (n, p) in zip(keys, adapted.params.items(), strict=True)}
     adapted = adapted.replace(params=drawn)
     student = merge(adapted)
-    export_lora(tmp_path / "out", student, delta(adapted), process, [1000.0, 0.0], teacher=folders / "v")
-    stored = open_tensors(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert stored["transformer.transformer_blocks.1.attn1.to_out.0.lora_B.weight"].shape == (16, 2)
-    assert stored["transformer.pos_embed.proj.lora_A.weight"].shape == (2, 3, 2, 2)
-    model = diffusers.DiTTransformer2DModel.from_pretrained(folders / "v", subfolder="transformer")
-    mixin = diffusers.loaders.PeftAdapterMixin
-    model.__class__ = type("Adaptable", (type(model), mixin), {})
-    state = {name: torch.from_numpy(np.array(stored[name])) for name in stored}
-    model.load_lora_adapter(state, prefix="transformer")
-    x, labels = inputs()
+    export_lora(tmp_path / "out", student, delta(adapted), process, [1000.0, 0.0], teacher=tmp_path / "p")
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    state, alphas = loader.lora_state_dict(tmp_path / "out")
+    block = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
+    assert state[f"{block}.lora_A.weight"].shape == (2, 6) and state[f"{block}.lora_B.weight"].shape == (8, 2)
+    assert state["unet.down_blocks.1.resnets.0.conv1.lora_A.weight"].shape == (2, 8, 3, 3)
+    model = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "p", subfolder="unet")
+    loader.load_lora_into_unet(state, alphas, model)
+    rng = np.random.default_rng(0)
+    x, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((B, 4, 4, 4), (B, 3, 6)))
     with torch.no_grad():
-        t, given = torch.full((B,), 500), torch.from_numpy(np.transpose(np.asarray(x), (0, 3, 1, 2)).copy())
-        out = model(given, timestep=t, class_labels=torch.from_numpy(np.asarray(labels, np.int64))).sample
+        given = torch.from_numpy(np.transpose(x, (0, 3, 1, 2)).copy())
+        out = model(given, torch.full((B,), 500), encoder_hidden_states=torch.from_numpy(states)).sample
     theirs = np.transpose(out.numpy(), (0, 2, 3, 1))
-    module = from_nnx(make(SMALL), process, VPrecondition(time_offset=-1.0))
-    plain = module.apply.definition(student.params, student.rest)
-    ours = np.asarray(plain(x, jnp.full(B, 500.0), labels))
-    before = np.asarray(module.apply.definition(teacher.params, teacher.rest)(x, jnp.full(B, 500.0), labels))
-    assert np.abs(theirs - ours).max() < 1e-4 * np.abs(ours).max() < 0.01 * np.abs(before - ours).max()
+    run = jax.jit(lambda params: module_of(teacher)[0](params, {})(x, jnp.full(B, 500.0), Prompt(jnp.asarray(states))))
+    ours, before = np.asarray(run(student.params)), np.asarray(run(teacher.params))
+    assert np.abs(theirs - ours).max() < 1e-4 * np.abs(ours).max()
+    assert np.abs(before - ours).max() > 0.1 * np.abs(ours).max()
 
 
 def test_import_export_import_is_bit_exact_in_shards_too(folders, tmp_path):
