@@ -141,7 +141,7 @@ def main() -> None:
     unknown = sorted(set(names) - {c.name for c in CASES})
     if unknown:
         parser.error(f"no networks {unknown}; there are {[c.name for c in CASES]}")
-    _prepare(given.device)
+    prepare(given.device)
 
     rate = matrix_rate(given.device)
     about = {"device": _device_name(given.device), "dtype": _dtype(given.device), "matrix_flops_per_second": rate}
@@ -161,7 +161,7 @@ def main() -> None:
                 json.dump({**about, "rows": [asdict(row) for row in rows]}, file, indent=1)
 
 
-def _prepare(device: str) -> None:
+def prepare(device: str) -> None:
     """Share a GPU's memory between the two libraries; keep both on one CPU core. Before JAX starts."""
     if device == "gpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
