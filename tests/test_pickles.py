@@ -303,7 +303,8 @@ EVIL = {
         + piece((1, (4,), call("numpy.dtype", "f8", False, True), False, b"12345678")) + b"b"
     ),
     "a storage that runs code": call("torch.storage._load_from_bytes", program(call("os.system", "touch {ran}"))),
-    "a window beyond its storage": window(stored("FloatStorage", "0", 4), (3, 2), (2, 1)),
+    "a window beyond its storage": window(stored("FloatStorage", "0", 4), (2, 3), (2, 1)),
+    "a window that begins late": window(stored("FloatStorage", "0", 4), (4,), (1,), 1),
     "a window before its storage": window(stored("FloatStorage", "0", 4), (2,), (-1,), 1),
     "another shape of storage": window(stored("FloatStorage", "0", 5), (5,), (1,)),
     "a memo of gigabytes": Raw(piece(1) + b"r\xff\xff\xff\xff"),
