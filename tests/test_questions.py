@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parents[1] / "experiments" / "questions"
 SHARED = {"common", "drawing", "particle", "prompts"}
 SCRIPTS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def questions():

@@ -11,6 +11,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "questions"
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def questions():
