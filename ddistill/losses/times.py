@@ -72,7 +72,7 @@ class Descending:
     low: float = 0.02
     high: float = 0.98
     start: float = 0.65
-    until: float = 0.3
+    until: float = 0.5
     rho: float = 7.0
 
     def __post_init__(self):
