@@ -231,6 +231,14 @@ def test_a_snapshot_is_read_to_a_denoiser(snapshot):
     assert loss == Persistent("EDMLoss", (), {}, {"P_mean": -1.2})
 
 
+def test_a_file_without_a_network_is_refused(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(program({"ema": persistent("EDMPrecond", {"_modules": 3}, ""), "net": {}}))
+    for network, words in (("ema", "no modules with tensors"), ("net", "no network 'net'"), ("other", "but ema, net")):
+        with pytest.raises(ValueError, match=words):
+            edm_snapshot(path, network)
+
+
 def test_arguments_become_a_configuration_a_process_and_a_preconditioning():
     config, process, precondition = edm_definition({**SONG, "class_name": "EDMPrecond"})
     assert config == SongUNetConfig(
@@ -253,6 +261,8 @@ def test_arguments_become_a_configuration_a_process_and_a_preconditioning():
          "sigma_data": 0.4, "class_name": "Precond", "logvar_channels": 128}
     )  # fmt: skip
     assert config == EDM2UNetConfig(64, 4, 1000, model_channels=128) and precondition == EDMPrecondition(0.4)
+    with pytest.raises(ValueError, match="no img_resolution"):
+        edm_definition({"class_name": "EDMPrecond"})
     for bad, words in (
         ({"class_name": "Mystery"}, "given 'Mystery'"), ({"decoder_type": "skip"}, "does not support decoder_type"),
         ({"colour": 1}, "colour = 1"), ({"model_type": "UNet"}, "model_type is one of"),

@@ -105,7 +105,10 @@ def edm_snapshot(path: Path | str, network: str = "ema") -> tuple[dict[str, np.n
     if not isinstance(found, Persistent):
         there = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
         raise ValueError(f"{path} has no network {network!r} as snapshots of EDM and EDM2 have, but {there}")
-    tensors = state_dict(found)
+    try:
+        tensors = state_dict(found)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} has no modules with tensors as {network!r}: {error}") from error
     inner = "model." if any(name.startswith("model.") for name in tensors) else "unet."
     wanted = {
         name.removeprefix(inner): tensor
@@ -186,7 +189,8 @@ def edm_definition(init: Mapping[str, Any]) -> tuple[EDMConfig, Process, Precond
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items() if k not in _TRAINING}
     fixed = kind.FIXED  # type: ignore[attr-defined]
     wrong = [f"{k} = {args[k]!r}" for k in args if k not in known and args[k] not in fixed.get(k, ())]
-    if wrong:
+    if wrong or "img_resolution" not in args:
+        wrong = wrong or ["no img_resolution"]
         raise ValueError(f"{kind.__name__} does not support {', '.join(wrong)}; it takes {', '.join(sorted(known))}")
     return kind(**{k: v for k, v in args.items() if k in known}), process, precondition
 
