@@ -58,7 +58,7 @@ def test_bytes_become_numbers_from_minus_one_to_one(tmp_path):
     np.testing.assert_allclose(row["x"][2, 1], [-1, 1, 51 / 127.5 - 1], atol=1e-7)
 
 
-RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
+RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17  # 0 to 255
 
 
 @pytest.mark.parametrize(
