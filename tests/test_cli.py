@@ -20,7 +20,7 @@ TINY = ["--network.width", "16", "--network.blocks", "1", "--teacher.steps", "2"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     run = tmp_path_factory.mktemp("cli") / "run"
     assert main(["distill", str(EXPERIMENT), "--workdir", str(run), *TINY]) == 0
     return run
@@ -133,7 +133,7 @@ def test_the_flags_of_an_experiment_are_listed(capsys):
 
 
 def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (40, 0))
+    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (20, 0))
     file = tmp_path / "table.json"
     assert main(["evaluate", str(finished), "--steps", "1", "2", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
@@ -153,8 +153,8 @@ def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path,
     assert "floor" in told and "Fréchet" in told
 
 
-def test_quickstart_leaves_an_ordinary_run_with_pictures_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (40, 0))
+def test_quickstart_leaves_an_ordinary_run_with_pictures_and_numbers(tmp_path, monkeypatch, one_device):
+    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (20, 0))
     out = tmp_path / "quick"
     assert main(["quickstart", "--out", str(out), *TINY]) == 0
     assert Image.open(out / "samples.png").size[0] > 20 * 40

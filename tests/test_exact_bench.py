@@ -15,7 +15,7 @@ from ddistill.bench import leaderboard
 from ddistill.config import MLPNetwork
 from ddistill.evaluate.metrics import sliced_wasserstein, sliced_wasserstein_to
 from ddistill.evaluate.mixture import SCALE, floor, judge
-from ddistill.integrators import dpmpp_2m
+from ddistill.integrators import dpmpp_2m, euler
 from ddistill.methods import METHODS
 from ddistill.mixture import Mixture
 from ddistill.process import edm
@@ -141,17 +141,17 @@ def test_reference_rows_approach_the_exact_map(problem):
     assert {nfe for method, nfe in by if method == "teacher/heun"} <= {1, 7, 9, 35}
 
 
-def test_a_student_is_fitted_distilled_and_judged(problem):
+def test_a_student_is_fitted_distilled_and_judged(problem, one_device):
     start = bench.fitted_network(problem, 0, TINY)
     untrained = TINY.network.build(problem.data, problem.process, jax.random.key(0))
     rows = [bench.teacher_row(problem, net, "n", dpmpp_2m, 8) for net in (start, untrained)]
     assert rows[0]["endpoint"] < 0.7 * rows[1]["endpoint"]
-    config = METHODS["consistency"].make(intervals=4, max_intervals=4)
+    config = METHODS["consistency"].make(intervals=4, max_intervals=4, solver=euler)
     rows = list(bench.student_rows(problem, "consistency", config(problem.process), start, 0, TINY, (1, 2, 4, 8)))
     assert [row["steps"] for row in rows] == [row["nfe"] for row in rows] == [1, 2, 4, 8]
     # Only one jump from the common noise has an exact end to be compared with.
     assert rows[0]["endpoint"] > 0 and all(row["endpoint"] is None for row in rows[1:])
-    pairs = dataclasses.replace(METHODS["kd"].make(), pairs=128, teacher_steps=8)
+    pairs = dataclasses.replace(METHODS["kd"].make(), pairs=128, teacher_steps=8, integrator=euler)
     (row,) = bench.student_rows(problem, "kd", pairs(problem.process), start, 0, TINY, (1,))
     assert (row["steps"], row["nfe"]) == (1, 1) and 0 < row["endpoint"] < 2 and row["floor_sw2"] == problem.floor["sw2"]
 
