@@ -207,7 +207,7 @@ def test_guidance_distillation_is_stage_one_and_then_the_other_method():
 
 
 @pytest.mark.parametrize("method", [LatentConsistency(), GuidanceDistillation(then=Progressive(start=4))])
-def test_a_student_of_guidance_is_trained_and_sampled_with_its_scale(method):
+def test_a_student_of_guidance_is_trained_and_sampled_with_its_scale(method, one_device):
     made = method(PROCESS)
     plan = stages_of(
         made, PROCESS, 9, data=lambda: lambda step: BATCH, pairs=None, optimizer=lambda n: optax.adam(1e-2),

@@ -25,6 +25,8 @@ TINY = [
     *("--teacher.steps", "2", "--steps", "2", "--batch-size", "8"),
 ]
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

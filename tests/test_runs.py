@@ -46,6 +46,9 @@ TINY = Experiment(
 )
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
 def leaves_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
