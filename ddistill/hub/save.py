@@ -1,5 +1,6 @@
 """Students as folders and adapters that diffusers opens, with the scheduler that samples them as ddistill does."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array
 from safetensors.numpy import save_file
 
+from ddistill.hub.autoencoders import Autoencoder
 from ddistill.hub.configs import config_json, kind_of, read_json, scheduler_json, table_of
 from ddistill.hub.load import parts_of
 from ddistill.hub.teachers import written_whole
@@ -200,18 +202,35 @@ def save_network(
         part.replace(folder / name)
 
 
+def save_autoencoder(folder: Path | str, config: Any, params: Mapping[str, Array], dtype: str | None = None) -> None:
+    """Write an autoencoder's folder, which `load_autoencoder` and diffusers open: the way back.
+
+    config: `AutoencoderKLConfig` or `AutoencoderTinyConfig`; params: by path, as `split` gives them of the module.
+    dtype, and what it raises: as for `save_network`.
+    """
+    name = type(config).__name__.removesuffix("Config")
+    save_network(folder, {"_class_name": name, **dataclasses.asdict(config)}, params, dtype)
+
+
 def save_pipeline(
-    to: Path | str, net: Net, scheduler: Mapping[str, Any] | None = None, dtype: str | None = None
+    to: Path | str,
+    net: Net,
+    scheduler: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> None:
     """Write a network of a diffusers class as a pipeline's folder, which `ddistill import` takes and diffusers opens.
 
-    scheduler: by default one of the network's process. Raises ValueError for networks and processes of no class of
-    diffusers, FileExistsError where the folder is not empty.
+    scheduler: by default one of the network's process. autoencoder: of a latent model, for vae/; with it a DiT is all
+    that a DiTPipeline has. Raises ValueError for networks and processes of no class of diffusers, FileExistsError where
+    the folder is not empty.
     """
     _, process, precondition = module_of(net)
     config = config_of(net)
     scheduler = scheduler_json(process, precondition) if scheduler is None else scheduler
     with written_whole(Path(to)) as part:
+        if autoencoder is not None:
+            save_autoencoder(part / "vae", autoencoder.config, autoencoder.params, dtype)
         _write_parts(part, config, {**net.params, **net.rest}, scheduler, dtype)
 
 
@@ -361,6 +380,9 @@ def _write_parts(
         parts = read_json(index, "the parts of a pipeline")
     elif name == "UNet2DModel":
         parts = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline"), part: ["diffusers", name]}
+    elif name == "DiTTransformer2DModel" and (to / "vae").is_dir():
+        vae = read_json(to / "vae" / "config.json", "the configuration of an autoencoder")["_class_name"]
+        parts = {"_class_name": "DiTPipeline", part: ["diffusers", name], "vae": ["diffusers", vae]}
     else:  # the pipelines of other classes have parts that this folder has not
         return
     _write_json(index, {**parts, "scheduler": ["diffusers", scheduler["_class_name"]]})
