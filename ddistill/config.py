@@ -4,8 +4,9 @@ An experiment file is Python with one function, `def experiment() -> Experiment`
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +20,23 @@ from jax.sharding import Mesh
 from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.data.loading import Readable, loader, part_of
 from ddistill.data.pair_store import PairStore, open_pairs
-from ddistill.hub.load import load_network, open_diffusion
+from ddistill.hub.configs import kind_with
+from ddistill.hub.load import load_network, open_config, open_diffusion
 from ddistill.losses.times import LogNormal
 from ddistill.methods.base import Made, Space
 from ddistill.methods.denoising import Denoising
-from ddistill.net import EDMPrecondition, Net, Preconditioning, from_nnx
+from ddistill.net import EDMPrecondition, Net, Preconditioning, at_scale, from_nnx
 from ddistill.networks import MLP
+from ddistill.networks.conditions import Prompt
 from ddistill.process import Process, edm
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam with linear warm-up and cosine decay to zero; weight_decay > 0 makes it AdamW, clip > 0 bounds the norm."""
+    """Adam with linear warm-up and cosine decay to zero; weight_decay > 0 makes it AdamW, clip > 0 bounds the norm.
+
+    rectified: RAdam (Liu et al. 2020), whose first steps wait for the second moment, in place of Adam.
+    """
 
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -39,6 +45,7 @@ class Optimizer:
     b2: float = 0.999
     weight_decay: float = 0.0
     clip: float = 0.0
+    rectified: bool = False
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The transformation for a run of so many updates."""
@@ -48,6 +55,10 @@ class Optimizer:
         else:
             rate = optax.linear_schedule(0.0, self.learning_rate, warmup)
         adam = optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay)
+        if self.rectified:
+            moments = optax.scale_by_radam(self.b1, self.b2)
+            decayed = optax.add_decayed_weights(self.weight_decay)
+            adam = optax.chain(moments, decayed, optax.scale_by_learning_rate(rate))
         return optax.chain(optax.clip_by_global_norm(self.clip), adam) if self.clip else adam
 
 
@@ -80,7 +91,7 @@ class Data:
     @property
     def space(self) -> Space:
         """What a sample looks like."""
-        return Space(self.shape, self.num_classes)
+        return Space(self.shape, self.num_classes, self.null)
 
     def source(self, batch_size: int, seed: int, unlabelled: float) -> Source:
         """Shuffled batches; a share `unlabelled` of the conditions is replaced by "none", for guidance.
@@ -165,15 +176,40 @@ class MLPNetwork:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What is known of a teacher and its data before either is there: all that `ddistill distill --dry-run` needs.
+
+    config: the network's configuration, of ddistill/networks. process, precondition: as for `net.from_nnx`. shape,
+    num_classes: of the data. prompt: shapes of what conditions that are prompts hold, without the batch, by the names
+    of `Prompt`. `ddistill.published` has some.
+    """
+
+    config: Any
+    process: Process
+    precondition: Preconditioning
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    prompt: Mapping[str, tuple[int, ...]] | None = None
+
+    @property
+    def data(self) -> Data:
+        """Data of this kind, of which there is none."""
+        zeros: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in (self.prompt or {}).items()}
+        return Data({}, self.shape, self.num_classes, null=Prompt(**zeros) if zeros else None)
+
+
+@dataclass(frozen=True)
 class Imported:
     """A teacher that `ddistill import` put into a folder: nothing trains it, and it brings its own process.
 
-    bfloat16: computes in bfloat16 with float32 parameters. remat: keeps one block's activations at a time.
+    bfloat16: computes in bfloat16 with float32 parameters. remat: keeps one block's activations at a time. guidance:
+    the scale at which a teacher that embeds one, such as FLUX.1 dev, is distilled.
     """
 
     folder: Path
     bfloat16: bool = False
     remat: bool = False
+    guidance: float | None = None
 
     @property
     def process(self) -> Process:
@@ -187,8 +223,25 @@ class Imported:
             raise ValueError(
                 f"the teacher in {self.folder} has its own process; pass the experiment through `resolved`"
             )
-        dtype = jnp.bfloat16 if self.bfloat16 else jnp.float32
-        return load_network(self.folder, own, precondition, mesh=mesh, dtype=dtype, remat=self.remat)
+        return self._held(load_network(self.folder, own, precondition, mesh=mesh, dtype=self._dtype, remat=self.remat))
+
+    def abstract(self, published: Published | None = None) -> Net:
+        """The network's shapes, those of the folder, or of what is published where there is no such folder."""
+        if published is None or self.folder.exists():
+            kind, config = open_config(self.folder)
+            process, precondition = open_diffusion(self.folder)
+        else:
+            kind, config = kind_with(published.config), published.config
+            process, precondition = published.process, published.precondition
+        make = partial(kind.network, config, dtype=self._dtype, remat=self.remat)
+        return self._held(from_nnx(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), process, precondition))
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.bfloat16 if self.bfloat16 else jnp.float32
+
+    def _held(self, net: Net) -> Net:
+        return net if self.guidance is None else at_scale(net, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -203,7 +256,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A teacher, and a method that distils it. Seeds fix everything that is random."""
+    """A teacher, and a method that distils it. Seeds fix everything that is random.
+
+    published: what a dry run takes for an imported teacher and its data where their folders are not there.
+    """
 
     name: str
     method: Callable[[Process], Made]
@@ -211,6 +267,7 @@ class Experiment:
     process: Process = field(default_factory=edm)
     network: Architecture = field(default_factory=MLPNetwork)
     teacher: Teacher = field(default_factory=Teacher)
+    published: Published | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     guidance: float = 1.0
     steps: int = 3000
@@ -225,11 +282,12 @@ class Experiment:
 def resolved(experiment: Experiment) -> Experiment:
     """The experiment in its teacher's process, where an imported teacher brings one.
 
-    Raises ValueError where the experiment names another process.
+    Before there is a folder it is the published one. Raises ValueError where the experiment names another process.
     """
     if not isinstance(experiment.network, Imported):
         return experiment
-    process = experiment.network.process
+    published = None if experiment.network.folder.exists() else experiment.published
+    process = experiment.network.process if published is None else published.process
     if experiment.process not in (process, edm()):
         raise ValueError(f"the teacher in {experiment.network.folder} brings its own process: leave process out")
     return dataclasses.replace(experiment, process=process)

@@ -90,6 +90,11 @@ def adapt(net: Net, lora: LoRA, key: Array) -> Net:
     return Net(params, {"base": net.params, "rest": net.rest}, _Adapted(net.apply, lora.scale))
 
 
+def is_adapted(net: Net) -> bool:
+    """Whether a network is one with an adapter, whose own params are in rest["base"]."""
+    return isinstance(net.apply, _Adapted)
+
+
 def merge(net: Net) -> Net:
     """An adapted network as a plain one, of its base's structure and code; one without an adapter as it is."""
     if not isinstance(net.apply, _Adapted):

@@ -276,11 +276,11 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
 def module_of(net: Net) -> tuple[Definition, Process, Preconditioning]:
     """The module of a network, and the process and preconditioning through which it is seen: `from_nnx` undone.
 
-    Of a network that was carried to another process (`retime`) these are its own. Raises ValueError for one that is
-    more than a module: guided, adapted, or two in one.
+    Of a network carried to another process (`retime`) or held at a scale (`at_scale`) these are its own. Raises
+    ValueError for one that is more than a module: guided, adapted, or two in one.
     """
     apply: Any = net.apply
-    while isinstance(apply, _Retimed):
+    while isinstance(apply, _Retimed | _AtScale):
         apply = apply.apply
     if not isinstance(apply, _Preconditioned):
         raise ValueError(f"this network is {type(apply).__name__.strip('_')}, more than one module")
@@ -413,6 +413,22 @@ def rescaled(net: Net, law: ScaleLaw) -> Net:
     at its start.
     """
     return Net(net.params, net.rest, _Rescaled(net.apply, law))
+
+
+@dataclass(frozen=True)
+class _AtScale:
+    apply: Apply
+    w: float
+    transparent = True
+
+    def __call__(self, params, rest, x, t, cond, *, s, key):
+        w = jnp.full(x.shape[0], self.w, jnp.float32)
+        return self.apply(params, rest, x, t, Scaled(cond, w), s=s, key=key)
+
+
+def at_scale(net: Net, w: float) -> Net:
+    """A network that embeds a guidance scale (FLUX.1 dev) at one scale of it, as a network of plain conditions."""
+    return Net(net.params, net.rest, _AtScale(net.apply, w))
 
 
 def _split_scale(cond: PyTree) -> tuple[PyTree, Array]:

@@ -20,7 +20,7 @@ from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.config import Data, Experiment, Imported, resolved
 from ddistill.data import Source
 from ddistill.data.loading import part_of
-from ddistill.data.pairs import teacher_pairs
+from ddistill.data.pairs import fresh_pairs, teacher_pairs
 from ddistill.log import Log, RunLog
 from ddistill.methods.base import Pairs
 from ddistill.net import Net, guided
@@ -107,13 +107,18 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
         return teacher if e.guidance == 1 else guided(teacher, e.guidance, data.none)
 
     def from_pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
+        key = jax.random.fold_in(jax.random.key(e.seed), number)
+        if not wanted.count:
+            batches, mesh = data.source(e.batch_size, e.seed, 0.0), sharding.make_mesh(e.fsdp)
+            return fresh_pairs(teacher, process, key, batches, mesh, steps=wanted.steps, integrator=wanted.integrator)
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
             pairs = data.pairs.source(e.batch_size, e.seed)
             return part_of(pairs, e.batch_size, (jax.process_index(), jax.process_count()))
         if number == 0 and "noise" in data.arrays:
             return data.source(e.batch_size, e.seed, 0.0)
-        key = jax.random.fold_in(jax.random.key(e.seed), number)
+        if data.null is not None:
+            raise ValueError("pairs for conditions that are no labels are made batch by batch: set count to 0")
         arrays = teacher_pairs(
             teacher, process, key, wanted.count, data.shape, steps=wanted.steps, integrator=wanted.integrator,
             points=wanted.points, num_classes=data.num_classes,

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -15,11 +15,20 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
     Raises ValueError unless fsdp divides the number of devices.
     """
-    devices = jax.device_count()
+    # Auto: under Explicit axes, jax's default, sharded convolutions do not type-check.
+    sizes = _sizes(jax.device_count(), fsdp)
+    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def abstract_mesh(devices: int, fsdp: int = 1) -> AbstractMesh:
+    """`make_mesh` of devices that need not be there, for shapes. Raises ValueError unless fsdp divides their number."""
+    return AbstractMesh(_sizes(devices, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _sizes(devices: int, fsdp: int) -> tuple[int, int]:
     if fsdp < 1 or devices % fsdp:
         raise ValueError(f"fsdp = {fsdp} must divide the number of devices, {devices}")
-    # Auto: under Explicit axes, jax's default, sharded convolutions do not type-check.
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return devices // fsdp, fsdp
 
 
 def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -28,7 +37,7 @@ def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(local), 1), ("data", "fsdp"), devices=local, axis_types=(AxisType.Auto,) * 2)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A sharding that puts a whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -38,7 +47,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def state_shardings(mesh: Mesh, tree: PyTree, smallest: int = 2**16) -> PyTree:
+def state_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, smallest: int = 2**16) -> PyTree:
     """Shardings of parameters and everything shaped like them: the largest axis that fsdp divides is split over it.
 
     Arrays of fewer than `smallest` elements are replicated; tree may hold arrays or jax.ShapeDtypeStruct.
@@ -60,12 +69,15 @@ def state_shardings(mesh: Mesh, tree: PyTree, smallest: int = 2**16) -> PyTree:
 def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     """Lay a host batch out over the devices along its first axis.
 
-    With several processes each gives its own part. Raises ValueError where the devices do not divide the batch.
+    With several processes each gives its own part; arrays that lie so already stay. Raises ValueError where the devices
+    do not divide the batch.
     """
     sharding = batch_sharding(mesh)
     here = mesh.size // jax.process_count()
 
     def put(array):
+        if isinstance(array, jax.Array) and array.sharding == sharding:
+            return array
         if np.shape(array)[0] % here:
             raise ValueError(
                 f"a batch of {np.shape(array)[0]} does not split over {here} devices: take a multiple of {here}"

@@ -19,7 +19,7 @@ LINE = (
     {"stages", "quickstart", "datasets"},
     {"evaluate", "report"},
     {"runs", "bench"},
-    {"compare"},
+    {"compare", "dry_run"},
     {"cli"},
     {"__init__", "__main__"},
 )

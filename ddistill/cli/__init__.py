@@ -54,6 +54,10 @@ class Distill:
     """A Python file with `def experiment() -> Experiment`; it comes before the flags."""
     workdir: Annotated[Path | None, arg(metavar="DIR")] = None
     """The folder for checkpoints and metrics, runs/NAME by default; a run that was interrupted goes on in it."""
+    dry_run: bool = False
+    """Train nothing: build all of it with shapes alone, trace its steps, and print networks, memory and batches."""
+    devices: Annotated[int | None, arg(metavar="INT")] = None
+    """With --dry-run, the number of devices to plan for, by default those that are here."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ddistill.cli import (
 from ddistill.config import DigitsData, Imported
 from ddistill.data.digits import Digits, load_digits
 from ddistill.data.pair_store import open_pairs, write_pairs
+from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.integrators import dpmpp_2m
@@ -112,9 +113,40 @@ def import_(command: Import) -> None:
 def distill(command: Distill, flags: Sequence[str]) -> None:
     """Train an experiment in its work folder."""
     experiment = load_experiment(command.experiment, flags)
+    if command.dry_run:
+        return _tell(experiment.name, dry_run(experiment, command.devices))
+    if command.devices is not None:
+        raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = Path("runs") / experiment.name if command.workdir is None else command.workdir
     distil(experiment, workdir, source=command.experiment, overrides=flags)
     _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
+
+
+def _tell(name: str, done: DryRun) -> None:
+    """Print what a run would be."""
+    console = _console()
+    for note in done.notes:
+        console.print(f"Not there: {note}", highlight=False, markup=False)
+    for stage in done.stages:
+        table = Table(
+            "network", "updated", "parameters", "trained", "weights", "optimiser", "gradients",
+            title=f"{name}: {stage.name}, {stage.steps:,} steps", title_justify="left", box=SIMPLE_HEAD,
+            caption=f"bytes on each of {done.devices} devices, fsdp = {done.fsdp}; activations are not counted",
+        )  # fmt: skip
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for row in stage.rows:
+            turn = {0: "–", 1: "each step"}.get(row.every, f"every {row.every} steps")
+            sizes = map(_bytes, (row.weights, row.optimizer, row.gradients))
+            table.add_row(row.name, turn, *(f"{n:,}" if n else "–" for n in (row.parameters, row.trained)), *sizes)
+        table.add_row("all", "", "", "", _bytes(stage.bytes), "", "")
+        console.print(table)
+        for part, shapes in stage.batch.items():
+            console.print(f"  batch: {part} {shapes}", highlight=False, markup=False)
+
+
+def _bytes(count: int) -> str:
+    return "–" if not count else f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
 def pairs(command: Pairs) -> None:

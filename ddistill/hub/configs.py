@@ -126,6 +126,11 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     return KINDS[_class_of(config)]
 
 
+def kind_with(config: Any) -> Kind:
+    """The kind whose network a configuration is of."""
+    return Kind(type(config).__module__.rpartition(".")[2], type(config).__name__.removesuffix("Config"))
+
+
 def network_config(config: Mapping[str, Any]) -> Any:
     """A config.json as the configuration of its network.
 

@@ -11,13 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddistill import sharding
-from ddistill.hub.configs import Kind, diffusion_of, kind_of, network_config, read_json
+from ddistill.hub.configs import Kind, diffusion_of, kind_of, kind_with, network_config, read_json
 from ddistill.hub.pickles import EDM_CLASSES, edm_definition
 from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
 from ddistill.net import Net, Preconditioning, from_nnx, split
 from ddistill.networks.autoencoder import current_name
-from ddistill.networks.edm2 import EDM2UNetConfig
 from ddistill.process import Process
 
 PARTS = ("unet", "transformer")
@@ -56,9 +55,7 @@ def open_config(folder: Path | str) -> tuple[Kind, Any]:
     config = _config_json(parts_of(folder).network)
     if config.get("_class_name") in EDM_CLASSES:
         inner = edm_definition(_arguments(config))[0]
-        return Kind(
-            "edm2" if isinstance(inner, EDM2UNetConfig) else "edm", type(inner).__name__.removesuffix("Config")
-        ), inner
+        return kind_with(inner), inner
     return kind_of(config), network_config(config)
 
 

@@ -57,10 +57,11 @@ class ADD:
     rate: float = 0.3
     every: int = 1
     ema: float = 0.99
+    inner: tuple[float, ...] = ()
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
-        gan = GAN(self.adversary, self.steps, self.first, self.rate, self.every, self.ema)
+        gan = GAN(self.adversary, self.steps, self.first, self.rate, self.every, self.ema, self.inner)
 
         def loss(nets, batch, progress, key):
             cond = batch.get("cond")

@@ -100,12 +100,16 @@ def per_interval(process: Process, t: Array, s: Array) -> Array:
     return 1 / (bounded_rho(process, t) - bounded_rho(process, s))
 
 
-def renoising_times(process: Process, steps: int) -> Array:
+def renoising_times(process: Process, steps: int, inner: tuple[float, ...] = ()) -> Array:
     """Times t_max, then steps − 1 noise-to-signal ratios from 4 down to .2 (one step in between: .8), then 0.
 
-    Above, a sample's mode is decided at once; below, f is all but the identity: renoising there gains nothing.
+    Above, a sample's mode is decided at once; below, f is all but the identity: renoising there gains nothing. inner:
+    times of the process for the steps in between, in place of these.
     """
     if steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; {steps} were asked for")
+    if inner and len(inner) != steps - 1:
+        raise ValueError(f"inner = {inner} are the times of {steps} steps but the first: {steps - 1} are needed")
     between = jnp.geomspace(4.0, 0.2, steps - 1) if steps > 2 else jnp.full(steps - 1, 0.8)
-    return jnp.concatenate([jnp.asarray([process.t_max]), process.time_of(-jnp.log(between)), jnp.zeros(1)])
+    times = jnp.asarray(inner) if inner else process.time_of(-jnp.log(between))
+    return jnp.concatenate([jnp.asarray([process.t_max]), times, jnp.zeros(1)])

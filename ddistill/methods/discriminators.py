@@ -12,7 +12,8 @@ from jax import Array
 
 from ddistill.features import features
 from ddistill.methods.base import Space
-from ddistill.net import EDMPrecondition, Net, Scaled, log_noise, split
+from ddistill.net import EDMPrecondition, Net, log_noise, split
+from ddistill.networks.conditions import Prompt, unscaled
 from ddistill.networks.discriminators import Heads, PlainDiscriminator
 from ddistill.process import Process, expand
 
@@ -36,16 +37,13 @@ class _Judge:
         return self.judge(params, rest, self.see(rest, x, t, cond), t, cond, s)
 
     def see(self, rest, x, t, cond):
-        return self.sight(rest["sight"], x, t, _unscaled(cond))
+        return self.sight(rest["sight"], x, t, unscaled(cond)[0])
 
     def judge(self, params, rest, seen, t, cond, s):
         heads = self.heads(params, rest["heads"])
         s_noise = None if s is None else log_noise(self.process, s)
-        return heads(seen, log_noise(self.process, t), _unscaled(cond), s_noise)
-
-
-def _unscaled(cond):
-    return cond.cond if isinstance(cond, Scaled) else cond
+        cond, _ = unscaled(cond)
+        return heads(seen, log_noise(self.process, t), cond.pooled if isinstance(cond, Prompt) else cond, s_noise)
 
 
 def _judged_by(module: nnx.Module, sight: Sight, frozen_parts: Any, process: Process) -> Net:
@@ -101,7 +99,7 @@ class TeacherHeads:
     """Heads on the features of the frozen teacher at the noised input (LADD, Sauer et al. 2024).
 
     layers: paths of modules of the teacher (`ddistill.features`), by default of all its blocks. vector: the size of
-    conditions that are vectors.
+    conditions that are vectors, or of the vectors (`pooled`) of conditions that are prompts.
     """
 
     layers: tuple[str, ...] | None = None
@@ -145,7 +143,8 @@ class FeatureHeads:
 
 
 def _with_heads(choice: TeacherHeads | FeatureHeads, sight: Sight, seen_by: Any, process, key, space: Space) -> Net:
-    maps = jax.eval_shape(lambda rest, x, t: sight(rest, x, t, None), seen_by, _example(space), jnp.ones(1))
+    one = jax.tree.map(lambda a: jnp.asarray(a)[None], space.null)
+    maps = jax.eval_shape(sight, seen_by, _example(space), jnp.ones(1), one)
     shapes = [m.shape[1:] for m in maps]
     module = Heads(shapes, choice.width, space.num_classes, choice.vector, rngs=nnx.Rngs(key))
     return _judged_by(module, sight, seen_by, process)

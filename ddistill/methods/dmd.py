@@ -32,7 +32,7 @@ class DMD:
     many; the fake score in each. rate, fake_rate: their learning rates as multiples of the optimiser's, the student's
     the smaller, so that the score of its samples can follow it. steps: with more than one the student learns to jump
     from its own samples, renoised to `renoising_times` as when it is sampled (backward simulation; Yin et al. 2024b,
-    sec. 4.4).
+    sec. 4.4). inner: the times it is renoised to, if they are others.
     """
 
     fake: Fake = field(default_factory=Auxiliary)
@@ -43,6 +43,7 @@ class DMD:
     fake_rate: float = 1.0
     steps: int = 1
     ema: float = 0.99
+    inner: tuple[float, ...] = ()
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
@@ -81,7 +82,7 @@ class DMD:
     def start(self, process: Process, student: Net, shape: tuple[int, ...], cond, key: Array) -> tuple[Array, Array]:
         """What the student jumps from and when, x_t [B, ...] and t [B]: noise, or its own samples renoised."""
         k_stop, *keys = jax.random.split(key, self.steps + 1)
-        times = renoising_times(process, self.steps)
+        times = renoising_times(process, self.steps, self.inner)
         stop = jax.random.randint(k_stop, shape[:1], 0, self.steps)
         x = process.prior(keys[0], shape)
         for i in range(1, self.steps):
@@ -96,7 +97,7 @@ class DMD:
             raise ValueError(
                 f"this student of distribution matching was taught {self.steps} steps; given {steps} steps"
             )
-        return renoising_times(process, steps)
+        return renoising_times(process, steps, self.inner if steps == self.steps else ())
 
 
 def dmd_with_regression(weight: float = 0.25) -> Together:

@@ -21,8 +21,8 @@ class GAN:
 
     Alone, or for any method: `Together(Consistency(), GAN(), 0.1)`. τ is one of `steps` times, `renoising_times`, the
     first of which, t_max, takes the share `first` of the samples; of these the student is sampled in any number of
-    steps that divides theirs. rate: the student's learning rate as a multiple of the
-    optimiser's. every: the student is updated in one step of so many.
+    steps that divides theirs. inner: the times after the first, if they are others. rate: the student's learning rate
+    as a multiple of the optimiser's. every: the student is updated in one step of so many.
     """
 
     adversary: Adversary = field(default_factory=Adversary)
@@ -31,6 +31,7 @@ class GAN:
     rate: float = 1.0
     every: int = 1
     ema: float = 0.99
+    inner: tuple[float, ...] = ()
 
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
@@ -57,7 +58,7 @@ class GAN:
     def fakes(self, process: Process, student: Net, batch: Mapping[str, Any], key: Array) -> tuple[Array, Array, Array]:
         """x̂ [B, ...], τ [B] and a key that is left; alike in all losses of a step, so that x̂ is computed once."""
         k_first, k_other, k_noise, k_net, k_left = jax.random.split(key, 5)
-        x0, nodes = batch["x"], renoising_times(process, self.steps)[:-1]
+        x0, nodes = batch["x"], renoising_times(process, self.steps, self.inner)[:-1]
         other = jax.random.randint(k_other, x0.shape[:1], 1, max(self.steps, 2)) % self.steps
         tau = nodes[jnp.where(jax.random.uniform(k_first, x0.shape[:1]) < self.first, 0, other)]
         x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), tau)
@@ -69,5 +70,5 @@ class GAN:
             raise ValueError(
                 f"this student knows {self.steps} times and samples in a divisor of it; given {steps} steps"
             )
-        nodes = renoising_times(process, self.steps)
+        nodes = renoising_times(process, self.steps, self.inner)
         return jnp.append(nodes[: -1 : self.steps // steps], nodes[-1])
