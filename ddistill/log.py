@@ -79,7 +79,10 @@ class RunLog:
 
             directory = Path(directory)
             self._notes = directory / "notes.txt"
-            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+            metrics = directory / "metrics.jsonl"
+            torn = metrics.is_file() and not metrics.read_bytes().endswith(b"\n")  # killed in the middle of a row
+            self._file = metrics.open("a", encoding="utf-8")
+            self._file.write("\n" * torn)
             self._events = SummaryWriter(str(directory / "events"))
 
     def __enter__(self) -> "RunLog":

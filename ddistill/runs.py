@@ -26,6 +26,7 @@ from ddistill.methods.base import Pairs
 from ddistill.net import Net, guided
 from ddistill.overrides import describe, differences, override
 from ddistill.process import Process
+from ddistill.signals import Stop
 from ddistill.stages import Stage, run, stages_of
 from ddistill.version import version
 
@@ -139,24 +140,26 @@ def distil(
     *,
     source: Path | str | None = None,
     overrides: Sequence[str] = (),
+    stop: Stop | None = None,
 ) -> Result:
     """Train the teacher and distil it; with a workdir, go on where an earlier call in the same folder stopped.
 
     log: by default metrics in the workdir and a progress bar, or nothing without a workdir. source, overrides: the file
-    and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it.
+    and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it. stop: asked after
+    each step; where it says so the step is saved and Stopped raised.
     Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written.
     """
     experiment = resolved(experiment)
     data = experiment.data.load()
     plan = stages(experiment, data)
     if workdir is None:
-        return _run(experiment, data, plan, None, log)
+        return _run(experiment, data, plan, None, log, stop)
     workdir = Path(workdir)
     _claim(workdir, experiment, None if source is None else Path(source), overrides)
     if log is not None:
-        return _run(experiment, data, plan, workdir, log)
+        return _run(experiment, data, plan, workdir, log, stop)
     with RunLog(workdir) as log:
-        return _run(experiment, data, plan, workdir, log)
+        return _run(experiment, data, plan, workdir, log, stop)
 
 
 def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opened:
@@ -196,7 +199,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 f"the run in {workdir} is unfinished: {done} of {stage.steps} steps of stage {stage.name!r} are saved. "
                 "Start it again with the same command to finish it"
             )
-    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None))
+    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None, None))
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
@@ -212,7 +215,9 @@ def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
     return {name: [rows[step] for step in sorted(rows)] for name, rows in stages.items()}
 
 
-def _run(experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None) -> Result:
+def _run(
+    experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None, stop: Stop | None
+) -> Result:
     key = jax.random.key(experiment.seed)
     mesh, architecture = sharding.make_mesh(experiment.fsdp), experiment.network
     at = data, experiment.process, jax.random.fold_in(key, 0)
@@ -221,7 +226,7 @@ def _run(experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | 
         results = run(
             plan, network, jax.random.fold_in(key, 1),
             mesh=mesh, log=log, workdir=workdir,
-            log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
+            log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every, stop=stop,
         )  # fmt: skip
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):

@@ -1,5 +1,6 @@
 """A run as a list of stages: each trains with one method, and its result is the teacher of the next."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ddistill.log import Log, Silent
 from ddistill.methods.base import UNKNOWN, Made, Method, Metrics, Pairs, Space, rounds, split_steps
 from ddistill.net import Net, retime, two_way
 from ddistill.process import Process
+from ddistill.signals import Stop, Stopped
 from ddistill.train import State, Trainer, make_trainer
 
 
@@ -107,14 +109,17 @@ def run(
     workdir: Path | None = None,
     log_every: int = 50,
     checkpoint_every: int = 1000,
+    stop: Stop | None = None,
 ) -> list[Net]:
     """Run the stages from a first teacher (or the network to be trained as one); answers each stage's result.
 
     With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
-    where it stopped, with the same result as if it had not.
+    where it stopped, with the same result as if it had not. Damaged checkpoints are skipped, and told of in the log.
+    Raises Stopped where `stop` asks for it, with the state saved.
     """
     results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
+    stop = Stop() if stop is None else stop
     last: tuple[Stage, Trainer] | None = None
     for i, stage in enumerate(stages):
         before = results[-1] if results else first
@@ -124,14 +129,15 @@ def run(
         guided = stage.enter(stage.guide(before))
         nets, state = prepare(trainer, teacher, guided, jax.random.fold_in(key, i), stage.space)
         if workdir is None:
-            state = fit(trainer, state, nets, stage, log=log, log_every=log_every)
+            state = fit(trainer, state, nets, stage, log=log, log_every=log_every, stop=stop)
         else:
-            with Checkpoints(workdir / "checkpoints" / stage.name) as checkpoints:
+            tell = warnings.warn if log is None else log.note
+            with Checkpoints(workdir / "checkpoints" / stage.name, tell=tell) as checkpoints:
                 if checkpoints.latest() is not None:
                     state = checkpoints.restore(state)
                 state = fit(
                     trainer, state, nets, stage, log=log, log_every=log_every,
-                    checkpoints=checkpoints, checkpoint_every=checkpoint_every,
+                    checkpoints=checkpoints, checkpoint_every=checkpoint_every, stop=stop,
                 )  # fmt: skip
         results.append(result(trainer, state, nets))
     return results
@@ -182,14 +188,16 @@ def fit(
     log_every: int = 50,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 1000,
+    stop: Stop | None = None,
 ) -> State:
     """Train from the state's step to the stage's last.
 
     Metrics are read one report late, so that the devices never wait for the host.
-    Raises DivergedError when no update of a network has been finite for 100 of its turns on end, and ValueError if a
-    batch lacks what the method needs.
+    Raises DivergedError when no update of a network has been finite for 100 of its turns on end, ValueError if a batch
+    lacks what the method needs, and Stopped, once the step is saved, where `stop` asks for it.
     """
     log = Silent() if log is None else log
+    stop = Stop() if stop is None else stop
     begin = int(state.step)
     if begin >= stage.steps:
         return state
@@ -197,22 +205,32 @@ def fit(
     log.start(stage.name, begin, stage.steps)
     waiting: tuple[int, Metrics] | None = None
     try:
-        for step in range(begin, stage.steps):
-            batch = source(step)
-            if step == begin:
-                _check_needs(stage, batch)
-            turn = trainer.method.turn(step)
-            state, metrics = trainer.step(
-                state, nets, sharding.put_batch(trainer.mesh, batch), turn, stage.steps, stage.round
-            )
-            done = step + 1
-            if done % log_every == 0 or done == stage.steps:
-                _report(log, stage, waiting)
-                waiting = (done, metrics)
-                log.progress(done)
-            if checkpoints is not None and (done % checkpoint_every == 0 or done == stage.steps):
-                checkpoints.save(done, state)
+        with stop.watch():
+            for step in range(begin, stage.steps):
+                batch = source(step)
+                if step == begin:
+                    _check_needs(stage, batch)
+                turn = trainer.method.turn(step)
+                state, metrics = trainer.step(
+                    state, nets, sharding.put_batch(trainer.mesh, batch), turn, stage.steps, stage.round
+                )
+                done = step + 1
+                asked = stop.now()
+                ends = asked or done == stage.steps
+                if done % log_every == 0 or done == stage.steps:
+                    _report(log, stage, waiting)
+                    waiting = (done, metrics)
+                    log.progress(done)
+                if checkpoints is not None and (ends or done % checkpoint_every == 0 or checkpoints.failed()):
+                    _report(log, stage, waiting)  # what a checkpoint has behind it is not told again
+                    waiting = None
+                    checkpoints.save(done, state, wait=ends)
+                if ends:
+                    break
         _report(log, stage, waiting)
+        if asked:
+            kept = "" if checkpoints is None else " and saved"
+            raise Stopped(f"stage {stage.name!r} is stopped{kept} at step {done} of {stage.steps}", stop.signal)
     finally:
         log.stop()
     return state

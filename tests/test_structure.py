@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "checkpoint", "log", "overrides"},
+    {"process", "version", "sharding", "checkpoint", "log", "overrides", "signals"},
     {"grids", "net", "losses"},
     {"features", "mixture", "integrators", "networks"},
     {"lora"},

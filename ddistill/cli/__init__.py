@@ -266,7 +266,7 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; answers the exit status: 0, 2 for an error that words explain, 130 for Ctrl-C.
+    """Run a command; answers the exit status: 0, 2 for an error that words explain, 130 for Ctrl-C, 75 for SIGTERM.
 
     With --debug, or DDISTILL_DEBUG set, errors show where they come from.
     """
@@ -281,9 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         commands.run(command, flags)
         return 0
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {_how_to_go_on(command)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(f"\nInterrupted{f': {stopped}' * bool(str(stopped))}. {_how_to_go_on(command)}", file=sys.stderr)
+        return getattr(stopped, "status", 130)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `ddistill methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -47,6 +47,7 @@ from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
+from ddistill.signals import on_signals
 
 Row = dict[str, Any]
 
@@ -87,7 +88,8 @@ def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
     experiment = load_experiment(source, overrides, prog="ddistill quickstart")
     out = command.out
     _say(f"Training a teacher on scanned digits and distilling it, in {out}/")
-    distil(experiment, out, source=source, overrides=overrides)
+    with on_signals() as stop:
+        distil(experiment, out, source=source, overrides=overrides, stop=stop)
     opened = open_run(out)
     digits = _digits(opened)
     plan = _samplers(opened, (1, 2, 4))
@@ -118,7 +120,8 @@ def distill(command: Distill, flags: Sequence[str]) -> None:
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = Path("runs") / experiment.name if command.workdir is None else command.workdir
-    distil(experiment, workdir, source=command.experiment, overrides=flags)
+    with on_signals() as stop:
+        distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop)
     _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
 
 

@@ -1,0 +1,94 @@
+"""Ctrl-C and SIGTERM in a training: it is saved after the step that it is in, and left."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+RESTART = 75
+"""The exit status of a run that was preempted: EX_TEMPFAIL, "try again later"."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A training that was left because of a signal; status is the process's exit status, 75 for SIGTERM, or 130."""
+
+    def __init__(self, words: str, number: int | None = signal.SIGTERM):
+        super().__init__(words)
+        self.status = 130 if number == signal.SIGINT else RESTART
+
+
+class Stop:
+    """Whether a training is asked to stop. `on_signals` makes one that hears signals."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.watched = False
+        self._asked = 0
+
+    def request(self, number: int = signal.SIGTERM) -> None:
+        """Ask for it, as a signal of this number does."""
+        self.signal = number
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """While inside, signals wait for `now`; outside they stop the process where it is."""
+        self.watched = True
+        try:
+            yield
+        finally:
+            self.watched = False
+
+    def now(self) -> bool:
+        """Whether to stop after this step; call it once a step.
+
+        Processes that JAX connects learn it at the same step, whichever of them was told.
+        """
+        self._asked += 1  # not the training's step, which begins anew with each stage: JAX compares ever larger numbers
+        if not _connected():
+            return self.signal is not None
+        from jax.experimental import multihost_utils
+
+        if not multihost_utils.reached_preemption_sync_point(self._asked):
+            return False
+        self.signal = self.signal or signal.SIGTERM
+        return True
+
+
+@contextmanager
+def on_signals() -> Iterator[Stop]:
+    """A `Stop` that hears Ctrl-C and SIGTERM until the end of the block; a second one does not wait.
+
+    Where processes are connected JAX hears SIGTERM, and Ctrl-C is passed on to it. In a thread other than the main one
+    nothing is heard.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    connected = _connected()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        again = stop.signal is not None
+        stop.request(number)
+        if again or not stop.watched:
+            raise Stopped("stopped at once; what was saved before is there", number)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nStopping after this step, to save it. Once more: at once.\n")
+        if connected:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    heard = (signal.SIGINT,) if connected else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, hear) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _connected() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
