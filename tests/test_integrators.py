@@ -389,15 +389,15 @@ def devices():
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_sharded_inputs(devices, name):
+def test_sharded_inputs(devices, x64, name):
     proc = process.vp()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    x, grid = proc.prior(jax.random.key(0), (16, 2)), grids.uniform(proc, 4)
+    x, grid = proc.prior(jax.random.key(0), (16, 2), jnp.float64), grids.uniform(proc, 4)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     out = run(ALL[name], proc, grid, sharded, jax.random.key(1))
     assert len(out.x.sharding.device_set) == 8
     whole = run(ALL[name], proc, grid, x, jax.random.key(1))
-    same(out, whole, 1e-5)
+    same(out, whole)
     assert out.nfe == whole.nfe
 
 
