@@ -261,14 +261,16 @@ def from_nnx(module: nnx.Module, process: Process, precondition: Preconditioning
     The module is split once (`split`); from here on only jax transformations are used.
     Raises ValueError where the network's output does not determine x0, as ε where α = 0.
     """
-    ends = jnp.asarray([process.t_min, process.t_max])
-    if not np.all(np.isfinite(np.asarray(precondition(process, ends)[:2]))):
-        bad = process.t_max if float(process.alpha(ends[1])) == 0 else process.t_min
-        raise ValueError(
-            f"{type(precondition).__name__} gives no x0 at t = {bad:g}, where alpha = {float(process.alpha(bad)):g} "
-            f"and sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a v- or x0-prediction network "
-            "instead (VPrecondition, DataPrecondition), or end the process before this time"
-        )
+    with jax.ensure_compile_time_eval():  # also where the network's shapes alone are asked for
+        ends = jnp.asarray([process.t_min, process.t_max])
+        if not np.all(np.isfinite(np.asarray(precondition(process, ends)[:2]))):
+            bad = process.t_max if float(process.alpha(ends[1])) == 0 else process.t_min
+            raise ValueError(
+                f"{type(precondition).__name__} gives no x0 at t = {bad:g}, where alpha = "
+                f"{float(process.alpha(bad)):g} and sigma = {float(process.sigma(bad)):g} (zero terminal SNR): train a "
+                "v- or x0-prediction network instead (VPrecondition, DataPrecondition), or end the process before this "
+                "time"
+            )
     params, rest, definition = split(module)
     return Net(params, rest, _Preconditioned(definition, process, precondition))
 

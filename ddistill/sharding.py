@@ -76,7 +76,7 @@ def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     here = mesh.size // jax.process_count()
 
     def put(array):
-        if isinstance(array, jax.Array) and array.sharding == sharding:
+        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
             return array
         if np.shape(array)[0] % here:
             raise ValueError(

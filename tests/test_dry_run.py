@@ -126,7 +126,7 @@ def test_the_command_prints_networks_memory_and_batches(capsys, monkeypatch, tmp
         "student",
         "optimiser",
         "each of 4 devices, fsdp = 2",
-        "batch: noise float32 [256, 8, 8, 1]",
+        "batch: noise float32 [128, 8, 8, 1]",
     ):
         assert part in told
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ LINE = (
     {"sample", "methods", "data", "hub"},
     {"prompts"},
     {"train", "config"},
-    {"stages", "quickstart", "datasets"},
+    {"stages", "quickstart", "datasets", "published"},
     {"evaluate", "report"},
     {"runs", "bench"},
     {"compare", "dry_run"},

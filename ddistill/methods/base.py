@@ -69,19 +69,14 @@ class Pairs:
 
     def __post_init__(self):
         if not 0 <= self.inverted <= 1 or (self.inverted and self.points):
-            raise ValueError(
-                f"inverted = {self.inverted} is a share of pairs without path, from 0 to 1; points = {self.points}"
-            )
+            raise ValueError(f"inverted = {self.inverted} is a share of pairs without path; points = {self.points}")
         if not self.count and (self.inverted or self.points):
             raise ValueError("pairs made batch by batch (count = 0) have no path and none that are inverted")
 
 
 @dataclass(frozen=True)
 class Space:
-    """What samples look like, for networks that are made for them: their shape, and how many classes they have.
-
-    null: the condition that means none, without leading axes, where conditions are no labels.
-    """
+    """What samples are: shape, number of classes; null is the condition that means none where it is no label."""
 
     shape: tuple[int, ...] = ()
     num_classes: int = 0
@@ -89,7 +84,6 @@ class Space:
 
 
 UNKNOWN = Space()
-
 
 Init = Callable[[Net, Array, Space], Net]
 """init(teacher, key, space) -> a network before its training."""
