@@ -65,7 +65,7 @@ SCHEDULER = {
     "clip_sample": False,
     "timestep_spacing": "trailing",
 }
-STUDENTS = {"lora": (1, 2, 4), "dmd": (1,)}
+STUDENTS = {"lora": (1, 4), "dmd": (1,)}
 """Students and the numbers of steps that they are sampled with; they are exported for the largest."""
 
 
@@ -308,7 +308,7 @@ def pipeline(work: Path, scale: Scale, seed: int = 0, most: float = 1e-4) -> dic
         process, method = opened.experiment.process, opened.experiment.method
         begin = start(process, opened.data.shape, opened.data.num_classes, count, seed)
         if name == next(iter(STUDENTS)):
-            for integrator, n in ((dpmpp_2m, 20), (ddim, 4), (ddim, 1)):
+            for integrator, n in ((dpmpp_2m, 20), (ddim, 1)):
                 sampler = teacher_sampler(opened.teacher, process, integrator, n, "teacher")
                 judge.add("teacher", n, seconds["teacher"], None, np.asarray(sampler.draw(*begin).x))
         for n in steps:
