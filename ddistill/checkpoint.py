@@ -6,6 +6,7 @@ killed at any moment leaves the last whole one, and remains that the next save r
 without a word: checksums are compared before anything is restored.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -113,6 +114,8 @@ class Checkpoints:
                 return
             wait = True
             if pause is None:
+                with contextlib.suppress(OSError):
+                    self._clear(step)
                 raise CheckpointError(
                     f"cannot save step {step} to {self.directory} in {len(self._pauses) + 1} tries: {_short(failure)}. "
                     f"Earlier steps are still there: {self._complete() or 'none'}. Make room or mend the disk, and "
@@ -160,13 +163,17 @@ class Checkpoints:
         """Copy the tree to the host and let the thread write it."""
         import orbax.checkpoint as ocp
 
+        self._clear(step)
+        self._damages.pop(step, None)
+        self._orbax.save(self.directory / str(step), args=ocp.args.StandardSave(named), force=True)
+        self._saving = self._thread.submit(self._finish, step)
+
+    def _clear(self, step: int) -> None:
+        """Remove what is not whole."""
         if jax.process_index() == 0:
             _remove(self.directory / str(step))
             for remains in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(remains, ignore_errors=True)
-        self._damages.pop(step, None)
-        self._orbax.save(self.directory / str(step), args=ocp.args.StandardSave(named), force=True)
-        self._saving = self._thread.submit(self._finish, step)
 
     def _finish(self, step: int) -> None:
         """Wait for the files, seal them, and let older steps go."""
@@ -221,8 +228,9 @@ def _in_any_process(value: bool) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} …"
+    """The error's words on one line; of TensorStore's long ones the beginning, and the end, where the reason is."""
+    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
 
 
 def _checksum(path: Path, sync: bool = False) -> list[int]:
