@@ -1,5 +1,6 @@
 """Tests run on CPU with eight virtual devices, in float32 unless a test takes the `x64` fixture."""
 
+import importlib.util
 import os
 import tempfile
 from importlib.metadata import version
@@ -30,6 +31,13 @@ from ddistill import sharding  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="with torch: write tests/references anew")
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""LCM-LoRA of Stable Diffusion 1.5, for 4 steps: 67.5 M parameters (Luo et al. 2023, "LCM-LoRA", table 1).
+"""LCM-LoRA of Stable Diffusion 1.5, for 4 steps: 67.3 M parameters (Luo et al. 2023, "LCM-LoRA"; 67.5 in its table 1).
 
 Rank 64 on attention, feed-forward, convolutions and time projections, AdamW at 1e-4 with decay .01, one DDIM step
 over 1/50 of the grid, pseudo-Huber with c = .001, the student itself as its target (diffusers' example). The
