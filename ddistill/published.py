@@ -37,8 +37,8 @@ def dit_xl_2(side: int = 32) -> Published:
 
 
 def sit_xl_2(side: int = 32) -> Published:
-    """SiT-XL/2 on ImageNet's latents (Ma et al. 2024), 674,834,720 parameters, as `networks.dit.as_flow` makes it."""
-    config = DiTConfig(out_channels=8, sample_size=side, freq_shift=0.0, shared_embedding=True)
+    """SiT-XL/2 on ImageNet's latents (Ma et al. 2024), 674,834,720 parameters, as `ddistill import` has its release."""
+    config = DiTConfig(out_channels=8, sample_size=side, norm_eps=1e-6, freq_shift=0.0, shared_embedding=True)
     return Published(config, flow(), VelocityPrecondition(), (side, side, 4), 1000)
 
 

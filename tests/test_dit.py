@@ -21,6 +21,7 @@ from parity import (
     with_weights,
 )
 
+from ddistill import published
 from ddistill.features import features
 from ddistill.hub.configs import config_json
 from ddistill.hub.weights import params_from
@@ -210,12 +211,13 @@ def original_shapes(width, depth, classes, side, patch, channels):
     }
 
 
-def original(depth=12):
+def original(depth=12, width=16, channels=2):
     """A checkpoint of the original projects, of twelve blocks: "10" and "11" stand before "2" in alphabetical order."""
-    tensors = weights(original_shapes(width=16, depth=depth, classes=3, side=4, patch=2, channels=2))
+    tensors = weights(original_shapes(width=width, depth=depth, classes=3, side=4, patch=2, channels=channels))
     place = np.stack(np.meshgrid(np.arange(4), np.arange(4), indexing="xy"), -1).reshape(16, 2, 1)
-    angles = place / 10_000.0 ** (np.arange(4) / 4)
-    tensors["pos_embed"] = np.concatenate([np.sin(angles), np.cos(angles)], -1).reshape(1, 16, 16).astype(np.float32)
+    angles = place / 10_000.0 ** (np.arange(width // 4) / (width // 4))
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    tensors["pos_embed"] = waves.reshape(1, 16, width).astype(np.float32)
     return tensors
 
 
@@ -313,6 +315,8 @@ def test_what_is_no_original_checkpoint_is_refused():
         from_original(tensors | {"blocks.0.cross_attn.q.weight": np.zeros((2, 2))})
     with pytest.raises(ValueError, match=r"pos_embed \[1, 16, 16\] are not the sines and cosines"):
         from_original(tensors | {"pos_embed": tensors["pos_embed"][:, ::-1]})
+    with pytest.raises(ValueError, match="width of 16 does not tell the heads"):
+        original_config(tensors)
     with pytest.raises(ValueError, match="has pos_embed; this one does not"):
         original_config({name: a for name, a in tensors.items() if name != "pos_embed"})
 
@@ -330,6 +334,13 @@ def test_heads_of_original_checkpoints(size, expected):
         "blocks.0.attn.qkv.weight": np.zeros(1),
     }
     assert original_config(tensors).num_attention_heads == expected
+
+
+def test_the_configuration_of_sit_xl_is_the_published_one():
+    shapes = original_shapes(width=1152, depth=28, classes=1000, side=16, patch=2, channels=4)
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    tensors["pos_embed"] = np.broadcast_to(np.float32(0), (1, 256, 1152))
+    assert original_config(tensors, shared_embedding=True) == published.sit_xl_2().config
 
 
 def test_wrong_inputs_are_told():

@@ -5,22 +5,30 @@ import inspect
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, tensors_for, write_model, write_pipeline
-from test_pickles import snapshot  # noqa: F401
+from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, make, tensors_for, write_model, write_pipeline
+from parity import nchw, nhwc, values
+from test_dit import by_the_paper, original
+from test_pickles import snapshot, stored, window, zip_file  # noqa: F401
 
+from ddistill import published
 from ddistill.cli import main
 from ddistill.config import Data, Experiment, Imported, resolved
+from ddistill.dry_run import dry_run
 from ddistill.hub.load import load_network, open_diffusion
 from ddistill.hub.pickles import edm_net
+from ddistill.hub.save import config_of
 from ddistill.hub.teachers import check_teacher, import_teacher
 from ddistill.hub.tensors import open_tensors
 from ddistill.integrators import ddim
 from ddistill.methods import Consistency
-from ddistill.process import cosine
-from ddistill.runs import distil, open_run, read_metrics, stages
+from ddistill.net import VelocityPrecondition, from_nnx
+from ddistill.process import cosine, flow
+from ddistill.runs import distil, load_experiment, open_run, read_metrics, stages
 
 SMALL = {**DIT, "num_layers": 2}
 
@@ -107,6 +115,92 @@ def test_a_snapshot_of_edm_becomes_a_teacher(snapshot, tmp_path, capsys):  # noq
     (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert main(["import", str(tmp_path / "evil.pkl"), "--to", str(tmp_path / "evil")]) == 2
     assert "system" in capsys.readouterr().err and not (tmp_path / "evil").exists()
+
+
+def saved(path, tensors):
+    """A file as torch.save writes it, of the tensors alone or with others beside them, as a training leaves it."""
+    arrays = {str(i): a for i, a in enumerate(tensors.values())}
+    tree = {
+        name: window(stored("FloatStorage", key, a.size), a.shape, tuple(s // 4 for s in a.strides))
+        for (key, a), name in zip(arrays.items(), tensors, strict=True)
+    }
+    path.write_bytes(zip_file({"model": {}, "ema": tree} if "train" in path.stem else tree, arrays))
+    return path
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """The tensors of an original checkpoint of two heads, imported as of either project."""
+    folder, tensors = tmp_path_factory.mktemp("originals"), original(depth=1, width=128, channels=4)
+    for name, file in (("dit", "train.pt"), ("sit", "release.pt")):
+        source = str(saved(folder / file, tensors))
+        assert main(["import", source, "--to", str(folder / name), "--original", name]) == 0
+    return folder, tensors
+
+
+def test_original_checkpoints_are_denoisers_of_their_own_processes(originals):
+    folder, tensors = originals
+    x, labels = values(5, 2, 8, 8, 4), np.array([2, 3])
+
+    def network(t):
+        return nhwc(by_the_paper(tensors, nchw(x).astype(np.float64), t, labels, heads=2))
+
+    def x0(name, t):
+        net = load_network(folder / name)
+        return jax.jit(lambda x: net(x, jnp.asarray(t, jnp.float32), labels))(x)
+
+    t = np.array([0.25, 0.9])
+    expected = x + t[:, None, None, None] * network(1 - t)  # SiT's time runs to the data, and so does its velocity
+    np.testing.assert_allclose(x0("sit", t), expected, atol=1e-4)
+    index = np.array([0, 700])
+    left = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[index][:, None, None, None]  # ᾱ of Ho et al. 2020, eq. 4
+    expected = (x - np.sqrt(1 - left) * network(index.astype(np.float64))) / np.sqrt(left)
+    np.testing.assert_allclose(x0("dit", index + 1), expected, atol=1e-4 * np.abs(expected).max())
+    for name, known in (("sit", published.sit_xl_2()), ("dit", published.dit_xl_2())):
+        assert open_diffusion(folder / name) == (known.process, known.precondition)
+    import_teacher(folder / "sit", folder / "again")
+    assert_trees_equal(load_network(folder / "again"), load_network(folder / "sit"))
+
+
+def test_a_published_experiment_takes_an_original_checkpoint(originals):
+    folder, _ = originals
+    home = Path(__file__).parents[1] / "experiments" / "published"
+    experiment = load_experiment(home / "imagenet256_sit_flow_consistency.py")
+    experiment = dataclasses.replace(experiment, network=Imported(folder / "sit"))
+    done = dry_run(experiment, 8)
+    assert [note.split(":")[0] for note in done.notes] == ["data"]
+    (row,) = [row for row in done.stages[0].rows if row.name.startswith("teacher")]
+    assert resolved(experiment).process == flow() and 0 < row.weights < 4 * 500_000  # the folder's, not XL/2's
+
+
+def test_what_diffusers_cannot_hold_of_an_original_checkpoint_is_refused(originals, tmp_path, capsys):
+    folder, tensors = originals
+    for name in ("dit", "sit"):
+        student = Imported(folder / name).abstract()
+        for teacher in (folder / name, None):
+            with pytest.raises(ValueError, match=r"cannot hold this network: freq_shift is 0\.0.*shared_embedding"):
+                config_of(student, teacher)
+    module = make(SMALL)
+    with pytest.raises(ValueError, match="DiTTransformer2DModel 1000 t for a flow's time t.*made for 1 t"):
+        config_of(from_nnx(module, flow(), VelocityPrecondition()))
+    assert config_of(from_nnx(module, flow(), VelocityPrecondition(1000.0)))["_class_name"] == SMALL["_class_name"]
+    to = ["--to", str(tmp_path / "t")]
+    for source, words in (
+        (folder / "release.pt", "say of which, with --original"),
+        (folder / "no.pt", "neither a fold"),
+    ):
+        assert main(["import", str(source), *to]) == 2
+        assert words in capsys.readouterr().err
+    for source, words in (
+        (folder / "sit", "is no file: --original sit"),
+        (saved(tmp_path / "x.pt", {"w": np.zeros(2, np.float32)}), "checkpoint of the DiT or SiT project has"),
+        (saved(tmp_path / "y.pt", {**tensors, "w": tensors["pos_embed"]}), "not tensors of a DiT or SiT checkpoint"),
+    ):
+        assert main(["import", str(source), *to, "--original", "sit"]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="original = 'edm': checkpoints are taken of dit, sit"):
+        import_teacher(folder / "release.pt", tmp_path / "t", original="edm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt", "y.pt"]
 
 
 @dataclasses.dataclass(frozen=True)

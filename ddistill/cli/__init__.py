@@ -32,14 +32,16 @@ class Import:
     """
 
     source: Annotated[Positional[str], arg(metavar="FOLDER_OR_HUB_ID")]
-    """A pipeline's folder (scheduler/ and unet/ or transformer/), the id of one on the Hugging Face hub, or a snapshot
-    of EDM or EDM2 (.pkl), of which nothing is executed."""
+    """A pipeline's folder (scheduler/ and unet/ or transformer/), the id of one on the Hugging Face hub, a snapshot of
+    EDM or EDM2 (.pkl), or with --original a checkpoint of DiT or SiT (.pt); nothing in these files is executed."""
     to: Annotated[Path, arg(metavar="FOLDER")]
     """The folder to write."""
     variant: Annotated[str | None, arg(metavar="fp16|bf16")] = None
     """The variant of the weights."""
     revision: Annotated[str | None, arg(metavar="NAME")] = None
     """The branch, tag or commit on the hub."""
+    original: Literal["dit", "sit"] | None = None
+    """The project whose checkpoint SOURCE is: DiT's and SiT's have the same tensors, and mean different things."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def import_(command: Import) -> None:
     """Copy a pipeline as a teacher."""
     from ddistill.hub.teachers import import_teacher
 
-    made = import_teacher(command.source, command.to, command.variant, command.revision)
+    made = import_teacher(command.source, command.to, command.variant, command.revision, command.original)
     where, output = type(made.process.schedule).__name__, type(made.precondition).__name__.removesuffix("Precondition")
     _say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
 

@@ -72,6 +72,11 @@ KINDS = {
 }
 """Networks by the `_class_name` of diffusers' config.json."""
 
+ORIGINALS = {"DiT": Kind("dit", "DiT"), "SiT": Kind("dit", "DiT", time_scale=1.0)}
+"""Networks of the DiT and SiT projects, which no class of diffusers holds, by the `_class_name` that we give them."""
+
+_KNOWN = {**KINDS, **ORIGINALS}
+
 _OLD = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 """What a Transformer2DModel, as DiT and PixArt were called once, is today, by its norm_type."""
 
@@ -123,7 +128,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
     """The network that a config.json is of. Raises ValueError for a class there is no network for."""
-    return KINDS[_class_of(config)]
+    return _KNOWN[_class_of(config)]
 
 
 def kind_with(config: Any) -> Kind:
@@ -138,7 +143,7 @@ def network_config(config: Mapping[str, Any]) -> Any:
     network does not do.
     """
     name = _class_of(config)
-    return parsed(KINDS[name].config, name, config)
+    return parsed(_KNOWN[name].config, name, config)
 
 
 def parsed(kind: type, name: str, config: Mapping[str, Any]) -> Any:
@@ -269,7 +274,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
     if name is None:
         raise ValueError(f"config.json has no _class_name: it is no model of diffusers (known are {', '.join(KINDS)})")
     name = _OLD.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
-    if name not in KINDS:
+    if name not in _KNOWN:
         raise ValueError(
             f"config.json is of the class {name}, for which there is no network; known are {', '.join(KINDS)}"
         )

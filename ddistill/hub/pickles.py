@@ -103,7 +103,7 @@ def edm_snapshot(path: Path | str, network: str = "ema") -> tuple[dict[str, np.n
     tree = read_pickle(path)
     found = tree.get(network) if isinstance(tree, dict) else tree
     if not isinstance(found, Persistent):
-        there = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
+        there = ", ".join(map(str, list(tree)[:8])) if isinstance(tree, dict) else type(tree).__name__
         raise ValueError(f"{path} has no network {network!r} as snapshots of EDM and EDM2 have, but {there}")
     try:
         tensors = state_dict(found)

@@ -14,7 +14,7 @@ from jax import Array
 from safetensors.numpy import save_file
 
 from ddistill.hub.autoencoders import Autoencoder
-from ddistill.hub.configs import config_json, kind_of, read_json, scheduler_json, table_of
+from ddistill.hub.configs import ORIGINALS, config_json, kind_of, network_config, read_json, scheduler_json, table_of
 from ddistill.hub.load import parts_of
 from ddistill.hub.teachers import written_whole
 from ddistill.hub.tensors import STEMS
@@ -301,11 +301,26 @@ def export_lora(
 
 
 def config_of(net: Net, teacher: Path | str | None = None) -> dict[str, Any]:
-    """The config.json of a network: its teacher's own, or made from the module's configuration."""
-    if teacher is not None:
-        return read_json(parts_of(teacher).network / "config.json", "the configuration of a model")
-    module: Any = module_of(net)[0](net.params, net.rest)
-    return config_json(getattr(module, "config", module))
+    """The config.json of a network: its teacher's own, or made from the module's configuration.
+
+    Raises ValueError for networks that no class of diffusers holds, and for those that see a flow's time on another
+    scale than the class does.
+    """
+    definition, _, precondition = module_of(net)
+    if teacher is None:
+        module: Any = definition(net.params, net.rest)
+        config = config_json(getattr(module, "config", module))
+    else:
+        config = read_json(parts_of(teacher).network / "config.json", "the configuration of a model")
+        if config.get("_class_name") in ORIGINALS:
+            config = config_json(network_config(config))
+    scale = kind_of(config).time_scale
+    if isinstance(precondition, VelocityPrecondition) and precondition.time_scale != scale:
+        raise ValueError(
+            f"diffusers shows its {config['_class_name']} {scale:g} t for a flow's time t, and this network was made "
+            f"for {precondition.time_scale:g} t (time_scale)"
+        )
+    return config
 
 
 def save_lora(to: Path | str, update: Delta, params: Mapping[str, Any], part: str) -> None:

@@ -1,29 +1,48 @@
-"""A pipeline of diffusers or a snapshot of EDM, from a file or the Hugging Face hub, copied as a teacher."""
+"""A pipeline of diffusers, or a checkpoint of EDM, DiT or SiT, from a file or the Hugging Face hub, as a teacher."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from ddistill.hub.configs import read_json
+from ddistill.hub.configs import kind_of, read_json
 from ddistill.hub.load import open_config, open_diffusion, open_weights, parts_of, plan
-from ddistill.hub.pickles import edm_snapshot
+from ddistill.hub.pickles import checkpoint_tensors, edm_snapshot
 from ddistill.hub.tensors import STEMS, weights_file
 from ddistill.net import Preconditioning, from_nnx
+from ddistill.networks.dit import as_flow, from_original, original_config
 from ddistill.process import Process
 from ddistill.version import version
 
 RECORD = "teacher.json"
 """What an imported teacher's folder says of where it came from."""
+
+_ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dit": (
+        "DiT",
+        {
+            "_class_name": "DDPMScheduler",
+            "beta_schedule": "linear",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "clip_sample": False,
+        },
+    ),
+    "sit": ("SiT", {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}),
+}
+"""Projects of original checkpoints: the class of `configs.ORIGINALS`, and a scheduler of the process."""
 
 _TEXTS = (".json", ".txt", ".model", ".jinja")
 
@@ -38,22 +57,31 @@ class Summary(NamedTuple):
 
 
 def import_teacher(
-    source: Path | str, to: Path | str, variant: str | None = None, revision: str | None = None
+    source: Path | str,
+    to: Path | str,
+    variant: str | None = None,
+    revision: str | None = None,
+    original: str | None = None,
 ) -> Summary:
     """Check a pipeline and copy it to a folder that `ddistill.config.Imported` names.
 
     source: a folder of diffusers with scheduler/ and unet/ or transformer/, the id of one on the hub, "org/name", of
-    which `revision` is taken, or a snapshot of EDM or EDM2, a pickle, of which nothing is executed. variant: of the
-    weights, "fp16" for example; in the copy they have names without it. What else the pipeline has, autoencoder and
+    which `revision` is taken, or a file of which nothing is executed: a snapshot of EDM or EDM2, or a checkpoint of the
+    project `original`, "dit" (ε on DDPM's linear 1000 steps) or "sit" (the velocity of the linear path). variant: of
+    the weights, "fp16" for example; in the copy they have names without it. What else the pipeline has, autoencoder and
     text encoders, is copied along where its weights are safetensors. Nothing is left behind of an import that fails.
-    Raises FileExistsError for a folder that is not empty, ConnectionError for a hub that cannot be reached, and as
-    `load_network` and `edm_snapshot` do.
+    Raises FileExistsError for a folder that is not empty, ConnectionError for a hub that cannot be reached, ValueError
+    for a checkpoint of DiT or SiT without `original`, and as `load_network`, `edm_snapshot` and `from_original` do.
     """
+    if original is not None and original not in _ORIGINALS:
+        raise ValueError(f"original = {original!r}: checkpoints are taken of {', '.join(_ORIGINALS)}")
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise FileExistsError(f"{to} is not empty: give a new folder")
     if Path(source).is_file():
-        return _import_snapshot(Path(source), to)
+        return _import_file(Path(source), to, original)
+    if original is not None:
+        raise FileNotFoundError(f"{source} is no file: --original {original} takes a checkpoint of that project, a .pt")
     folder = find(source, variant, revision)
     summary = check_teacher(folder, variant)
     network, scheduler = parts_of(folder)
@@ -73,21 +101,62 @@ def import_teacher(
     return summary
 
 
-def _import_snapshot(source: Path, to: Path) -> Summary:
-    tensors, init = edm_snapshot(source)
-    config = {"_class_name": init["class_name"], **{k: v for k, v in init.items() if k != "class_name"}}
+def _import_file(source: Path, to: Path, original: str | None) -> Summary:
+    config, tensors = _snapshot(source) if original is None else _original(source, original)
     with written_whole(to) as part:
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        network = part
+        if original is not None:
+            network = part / kind_of(config).folder
+            network.mkdir()
+            (part / "scheduler").mkdir()
+            _write_json(part / "scheduler" / "scheduler_config.json", _ORIGINALS[original][1])
+        _write_json(network / "config.json", config)
         arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(arrays, part / f"{STEMS[0]}.safetensors")
+        save_file(arrays, network / f"{STEMS[0]}.safetensors")
         summary = check_teacher(part)
         _write_record(part, source, summary)
     return summary
 
 
+def _snapshot(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a network of EDM or EDM2."""
+    try:
+        tensors, init = edm_snapshot(source)
+    except ValueError:
+        if not _of_original(source):
+            raise
+        raise ValueError(
+            f"{source} is a checkpoint of DiT or of SiT, whose tensors have the same names and shapes: say of which, "
+            "with --original dit or --original sit"
+        ) from None
+    return {"_class_name": init["class_name"], **{k: v for k, v in init.items() if k != "class_name"}}, tensors
+
+
+def _of_original(source: Path) -> bool:
+    try:
+        return "x_embedder.proj.weight" in checkpoint_tensors(source)
+    except ValueError:
+        return False
+
+
+def _original(source: Path, project: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a network of the DiT or SiT project."""
+    given = checkpoint_tensors(source)
+    config = {
+        "_class_name": _ORIGINALS[project][0],
+        **dataclasses.asdict(original_config(given, shared_embedding=True)),
+    }
+    tensors = from_original(given, shared=True)
+    return config, as_flow(tensors) if project == "sit" else tensors
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_record(folder: Path, source: Path | str, summary: Summary) -> None:
     record = {"version": version(), "source": str(source), "class": summary.name, "parameters": summary.parameters}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / RECORD, record)
 
 
 def check_teacher(folder: Path | str, variant: str | None = None) -> Summary:
@@ -166,6 +235,6 @@ def _copy_weights(folder: Path, to: Path, variant: str | None) -> None:
         index = read_json(first, "an index of shards")
         files = sorted(set(index["weight_map"].values()))
         index["weight_map"] = {name: file.replace(plain, "", 1) for name, file in index["weight_map"].items()}
-        (to / first.name.replace(plain, "", 1)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(to / first.name.replace(plain, "", 1), index)
     for name in files:
         shutil.copyfile(folder / name, to / name.replace(plain, "", 1))

@@ -273,13 +273,15 @@ def original_config(
     """The configuration of a checkpoint of the DiT or SiT project, read from its shapes.
 
     heads: by default those of the published sizes: 16 for a width of 1152 (XL), width/64 for S, B and L. Raises
-    ValueError for checkpoints that lack a tensor it is read from.
+    ValueError for checkpoints that lack a tensor it is read from, and for other widths without heads.
     """
     needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(f"a checkpoint of the DiT or SiT project has {', '.join(missing)}; this one does not")
     width, channels, size, _ = tensors[needed[0]].shape
+    if heads is None and width % 64:
+        raise ValueError(f"a width of {width} does not tell the heads, as 384, 768, 1024 and 1152 do: give heads")
     heads = heads or (16 if width == 1152 else width // 64)
     return DiTConfig(
         num_attention_heads=heads,
