@@ -91,7 +91,7 @@ def _all(part: tuple) -> list[Row]:
 def _side_by_side(parts: Sequence[tuple], jobs: int) -> Iterator[Row]:
     """Rows of all parts, in the order in which they are ready, from processes that start with JAX unused."""
     with (
-        _environment(_FOR_WORKERS),
+        _for_workers(),
         concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
     ):
         running = [pool.submit(_all, part) for part in parts]
@@ -102,19 +102,12 @@ def _side_by_side(parts: Sequence[tuple], jobs: int) -> Iterator[Row]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_FOR_WORKERS = {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "OMP_NUM_THREADS": "1",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-}
-"""One thread for each process on a CPU; on a GPU no process takes all of the memory."""
-
-
 @contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
+def _for_workers() -> Iterator[None]:
+    """One thread for each process on a CPU; on a GPU no process takes all of the memory."""
     before = dict(os.environ)
-    flags = f"{before.get('XLA_FLAGS', '')} {changes['XLA_FLAGS']}".strip()
-    os.environ.update({**changes, "XLA_FLAGS": flags})
+    flags = f"{before.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".strip()
+    os.environ.update(XLA_FLAGS=flags, OMP_NUM_THREADS="1", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     try:
         yield
     finally:
