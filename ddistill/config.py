@@ -28,6 +28,7 @@ from ddistill.methods.denoising import Denoising
 from ddistill.net import EDMPrecondition, Net, Preconditioning, at_scale, from_nnx
 from ddistill.networks import MLP
 from ddistill.networks.conditions import Prompt
+from ddistill.networks.layers import rngs_of
 from ddistill.process import Process, edm
 
 
@@ -234,7 +235,7 @@ class Imported:
             kind, config = kind_with(published.config), published.config
             process, precondition = published.process, published.precondition
         make = partial(kind.network, config, dtype=self._dtype, remat=self.remat)
-        return self._held(from_nnx(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), process, precondition))
+        return self._held(from_nnx(nnx.eval_shape(lambda: make(rngs=rngs_of(0))), process, precondition))
 
     @property
     def _dtype(self) -> Any:

@@ -23,6 +23,7 @@ from ddistill.hub.tensors import open_tensors
 from ddistill.hub.tokenizer import Tokenizer, Tokens, open_tokenizer, tokenizer_settings
 from ddistill.net import Definition, split
 from ddistill.networks.conditions import Prompt
+from ddistill.networks.layers import rngs_of
 from ddistill.networks.text import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -239,7 +240,7 @@ def _open_part(
             "belong to different models"
         )
 
-    abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=rngs_of(0))))
     tensors: Mapping[str, Any] = open_tensors(folder, variant)
     tensors = t5_tensors(tensors) if kind == _T5 else clip_tensors(tensors, projection=kind == _CLIP_HEAD)
     # Matrices are cast to dtype where they are used anyway; the rest is small, and used in float32.

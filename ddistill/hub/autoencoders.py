@@ -25,6 +25,7 @@ from ddistill.networks.autoencoder import (
     current_name,
     to_pictures,
 )
+from ddistill.networks.layers import rngs_of
 
 _CLASSES: Mapping[str, tuple[type, type]] = {
     "AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig),
@@ -72,7 +73,7 @@ def load_autoencoder(
         raise ValueError(f"{folder} holds a model of the class {name}; autoencoders are {', '.join(_CLASSES)}")
     module, kind = _CLASSES[name]
     config = parsed(kind, name, raw)
-    abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=rngs_of(0))))
     tensors = {current_name(n): tensor for n, tensor in open_tensors(folder, variant).items()}
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
     return Autoencoder(config, read_params(tensors, shapes, mesh), rest, code)

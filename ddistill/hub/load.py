@@ -17,6 +17,7 @@ from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
 from ddistill.net import Net, Preconditioning, from_nnx, split
 from ddistill.networks.autoencoder import current_name
+from ddistill.networks.layers import rngs_of
 from ddistill.process import Process
 
 PARTS = ("unet", "transformer")
@@ -115,7 +116,7 @@ def load_network(
         process, precondition = open_diffusion(folder)
 
     def make() -> nnx.Module:
-        return kind.network(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+        return kind.network(config, dtype=dtype, remat=remat, rngs=rngs_of(0))
 
     return network_from(open_weights(folder, variant), make, process, precondition, mesh)
 

@@ -21,6 +21,7 @@ from ddistill.hub.pickles import checkpoint_tensors, edm_snapshot
 from ddistill.hub.tensors import STEMS, weights_file
 from ddistill.net import Preconditioning, from_nnx
 from ddistill.networks.dit import as_flow, from_original, original_config
+from ddistill.networks.layers import rngs_of
 from ddistill.process import Process
 from ddistill.version import version
 
@@ -164,7 +165,7 @@ def check_teacher(folder: Path | str, variant: str | None = None) -> Summary:
     kind, config = open_config(folder)
     process, precondition = open_diffusion(folder)
     net = from_nnx(
-        nnx.eval_shape(lambda: kind.network(config, dtype=jnp.float32, rngs=nnx.Rngs(0))), process, precondition
+        nnx.eval_shape(lambda: kind.network(config, dtype=jnp.float32, rngs=rngs_of(0))), process, precondition
     )
     read, _ = plan(open_weights(folder, variant), net)
     count = sum(math.prod(net.params[path].shape) for path in read if path in net.params)
