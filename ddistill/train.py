@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,7 +52,9 @@ class Trainer:
     where no network and no memory depends on it. step(state, nets, batch, turn, steps=1, round=0) -> (State, metrics):
     compiled once for each distinct turn; donates state; `nets` are the networks whose params the state does not hold,
     the teacher above all, and the code and buffers of those it does; steps and round are what the losses see in their
-    `Progress`.
+    `Progress`. several(state, nets, batches, turns, which, count, steps=1, round=0): the same for `count` steps in one
+    call, on batches stacked along a new first axis, of which number i updates turns[which[i]]; each network's metrics
+    are its last. Compiled once for each number of stacked batches and set of turns, whatever count is.
     """
 
     method: Method
@@ -59,6 +62,7 @@ class Trainer:
     start: Callable[..., dict[str, Net]]
     init: Callable[..., State]
     step: Callable[..., tuple[State, Metrics]]
+    several: Callable[..., tuple[State, Metrics]]
 
 
 def make_trainer(
@@ -67,11 +71,12 @@ def make_trainer(
     *,
     mesh: Mesh | None = None,
     accumulate: int = 1,
+    draw: int = 0,
 ) -> Trainer:
     """Bind a method to one optimiser for each of its networks.
 
     accumulate: gradients are averaged over this many equal parts of each batch before the update. Steps whose gradient
-    is not finite change nothing but a counter.
+    is not finite change nothing but a counter. draw: another one gives every step other random numbers.
     Raises ValueError if an optimiser is missing or superfluous.
     """
     if set(optimizers) != set(method.losses):
@@ -104,7 +109,7 @@ def make_trainer(
     def step(
         state: State, nets: Nets, batch: Batch, turn: tuple[str, ...], progress: Progress
     ) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, draw) if draw else state.key, state.step)
         current = dict(nets)
         for name in method.losses:
             current[name] = nets[name].replace(params=state.params[name])
@@ -136,7 +141,27 @@ def make_trainer(
         state, metrics = step(state, nets, batch, turn, Progress(state.step, steps, round))
         return jax.lax.with_sharding_constraint(state, sharding.state_shardings(mesh, state)), metrics
 
-    return Trainer(method, mesh, start, init, jax.jit(pinned, static_argnums=3, donate_argnums=0))
+    def several(state, nets, batches, turns, which, count, steps=1, round=0):
+        def one(turn, state, metrics, batch):
+            state, new = pinned(state, nets, batch, turn, steps, round)
+            return state, metrics | {name: jax.lax.convert_element_type(v, v.dtype) for name, v in new.items()}
+
+        def body(i, carry):
+            batch = jax.tree.map(lambda a: a[i], batches)
+            return jax.lax.switch(which[i], [partial(one, turn) for turn in turns], *carry, batch)
+
+        batch = jax.tree.map(lambda a: a[0], batches)
+        shapes: dict[str, Any] = {}
+        for turn in turns:
+            shapes |= jax.eval_shape(partial(one, turn), state, {}, batch)[1]
+        metrics = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return Trainer(
+        method, mesh, start, init,
+        jax.jit(pinned, static_argnums=3, donate_argnums=0),
+        jax.jit(several, static_argnums=3, donate_argnums=0),
+    )  # fmt: skip
 
 
 def _gradient(loss, params, batch, key, parts):
