@@ -66,21 +66,23 @@ def state_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, smallest: int = 2**
     return jax.tree.map(one, tree)
 
 
-def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
-    """Lay a host batch out over the devices along its first axis.
+def put_batch(mesh: Mesh, batch: PyTree, *, stacked: bool = False) -> PyTree:
+    """Lay a host batch out over the devices along its first axis, or stacked ones along the second.
 
     With several processes each gives its own part; arrays that lie so already stay. Raises ValueError where the devices
     do not divide the batch.
     """
-    sharding = batch_sharding(mesh)
+    sharding, axis = batch_sharding(mesh), int(stacked)
+    if stacked:
+        sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
     here = mesh.size // jax.process_count()
 
     def put(array):
         if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
             return array
-        if np.shape(array)[0] % here:
+        if np.shape(array)[axis] % here:
             raise ValueError(
-                f"a batch of {np.shape(array)[0]} does not split over {here} devices: take a multiple of {here}"
+                f"a batch of {np.shape(array)[axis]} does not split over {here} devices: take a multiple of {here}"
             )
         if jax.process_count() == 1:
             return jax.device_put(array, sharding)
