@@ -1,0 +1,145 @@
+"""Networks whose features metrics compare, with published weights read from a file.
+
+    inception = load_features(InceptionConfig(), "pt_inception-2015-12-05-6726825d.pth")
+    inception.apply(images)["pool"]
+
+A file is safetensors or of torch.save; nothing is downloaded, and no code in a file runs.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from ddistill import sharding
+from ddistill.hub.pickles import checkpoint_tensors
+from ddistill.hub.tensors import open_tensors
+from ddistill.hub.weights import params_from
+from ddistill.net import Definition, split
+from ddistill.networks.inception import InceptionConfig, InceptionV3
+from ddistill.networks.layers import rngs_of
+from ddistill.networks.preprocess import Preprocessing, clean
+
+Network = InceptionConfig
+"""The configurations of networks with features."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Features:
+    """A network with its weights and the preprocessing of its images: data, so that jitted code takes it as it is.
+
+    name: of the network. digest: of its weights, 32 hexadecimal digits, the same whichever file they came from.
+    Statistics compare where name, digest and the preprocessing's name agree.
+    """
+
+    params: dict[str, Array]
+    definition: Definition = field(metadata={"static": True})
+    preprocessing: Preprocessing = field(metadata={"static": True})
+    name: str = field(metadata={"static": True})
+    digest: str = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """The side of the images that the network sees."""
+        return self.preprocessing.size
+
+    def apply(self, images: Array) -> dict[str, Array]:
+        """Images [B, H, W, 3], uint8 or of floats in [0, 1] -> features [B, D] by name, float32.
+
+        Inception answers "pool", "logits" and "spatial" (`InceptionV3`). Products are of full float32 precision on
+        every device. Under jit images may lie sharded along their first axis, and so do the features. Raises ValueError
+        for other shapes and types.
+        """
+        with jax.default_matmul_precision("float32"):
+            return self.definition(self.params, {})(self.preprocessing(images))
+
+    def on(self, mesh: Mesh) -> "Features":
+        """The same with its weights on every device of a mesh, as batches that lie on several processes need it."""
+        return replace(self, params=jax.device_put(self.params, sharding.replicated(mesh)))
+
+
+def load_features(
+    network: Network, path: Path | str, preprocessing: Preprocessing | None = None, *, dtype: Any = jnp.float32
+) -> Features:
+    """A network with the weights of a published file, safetensors (a file, or a folder of one model) or torch.save's.
+
+    preprocessing: by default the reference's, Clean-FID's for Inception. dtype: what the network computes in.
+
+    Files are, for `InceptionConfig`: pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its releases on GitHub), or
+    torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
+
+    Raises ValueError that lists all tensors that are missing, not expected or of another shape, and as `read_tensors`.
+    """
+    code, shapes = _definition(network, dtype)
+    params = params_from(read_tensors(path), shapes)
+    return _features(network, code, params, preprocessing)
+
+
+def random_features(
+    network: Network, preprocessing: Preprocessing | None = None, *, seed: int = 0, dtype: Any = jnp.float32
+) -> Features:
+    """A network with random weights that keep activations of order one: to try things without a file."""
+    code, shapes = _definition(network, dtype)
+    return _features(network, code, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, preprocessing)
+
+
+def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
+    """The tensors in a file by name: safetensors, or torch.save's (.pth, .pt, .bin) with nothing in it executed.
+
+    Counters of batches, which only training reads, are left out. Raises FileNotFoundError for a path that is not there
+    and ValueError for damaged files, TorchScript archives, and files without tensors by name.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".safetensors", ".json"):
+        found = {name: np.asarray(tensor) for name, tensor in open_tensors(path).items()}
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a file of weights, safetensors or torch.save's")
+    else:
+        found = checkpoint_tensors(path)
+    return {name: tensor for name, tensor in found.items() if not name.endswith("num_batches_tracked")}
+
+
+def digest_of(params: Mapping[str, Any]) -> str:
+    """The first 32 hexadecimal digits of SHA-256 over the paths, shapes and float32 values of parameters."""
+    total = hashlib.sha256()
+    for path in sorted(params):
+        array = np.ascontiguousarray(params[path], np.float32)
+        total.update(f"{path} {list(array.shape)}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()[:32]
+
+
+def _definition(network: Network, dtype: Any) -> tuple[Definition, dict[str, Any]]:
+    """A network's code, and the shapes of its parameters."""
+    make = _MODULES[type(network)]
+    shapes, _, code = split(nnx.eval_shape(lambda: make(network, dtype=dtype, rngs=rngs_of(0))))
+    return code, shapes
+
+
+def _features(network: Network, code: Definition, params: Mapping[str, Any], given: Preprocessing | None) -> Features:
+    preprocessing = _PREPROCESSING[type(network)](network) if given is None else given
+    arrays = {path: jnp.asarray(params[path]) for path in params}
+    return Features(arrays, code, preprocessing, network.name, digest_of(params))
+
+
+def _random(path: str, leaf: Any, seed: int) -> np.ndarray:
+    """Kernels for ReLU (He et al. 2015), scales and variances about 1, everything else about 0."""
+    draw = np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal(leaf.shape, np.float32)
+    if len(leaf.shape) >= 2:
+        return draw * np.sqrt(2 / np.prod(leaf.shape[:-1]), dtype=np.float32)
+    last = path.rpartition(".")[2]
+    return np.exp(0.1 * draw) if last in ("scale", "running_var") else 0.1 * draw
+
+
+_MODULES: dict[type, Callable[..., nnx.Module]] = {InceptionConfig: InceptionV3}
+_PREPROCESSING: dict[type, Callable[[Any], Preprocessing]] = {InceptionConfig: lambda network: clean()}
