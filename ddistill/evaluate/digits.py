@@ -18,9 +18,10 @@ from jax import Array
 
 from ddistill import grids
 from ddistill.data.digits import Digits
-from ddistill.evaluate.diversity import condition_diversity, density_coverage
+from ddistill.evaluate.diversity import condition_diversity
 from ddistill.evaluate.likelihood import bits_per_dimension
-from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet, precision_recall
+from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet
+from ddistill.evaluate.neighbours import manifold
 from ddistill.integrators import Solution, euler, heun
 from ddistill.methods.base import Made, home, sampling_of
 from ddistill.net import Net, Scaled
@@ -107,18 +108,14 @@ def evaluate(
         return bits_per_dimension(likelihood, process, x[:256], labels[:256], key=own)
 
     def row(name: str, nfe: int | None, x, labels, ms: float | None) -> Row:
-        precision, recall = precision_recall(digits.train_x, x)
-        density, coverage = density_coverage(digits.train_x, x)
+        near = manifold(digits.train_x, x)
         return {
             "sampler": name,
             "nfe": nfe,
             "accuracy": classifier_accuracy(classify, x, labels),
             "frechet": frechet(x, digits.train_x) / digits.variance,
             "frechet_held_out": None if nfe is None else frechet(x, digits.held_out_x) / digits.variance,
-            "precision": precision,
-            "recall": recall,
-            "density": density,
-            "coverage": coverage,
+            **near._asdict(),
             "diversity": condition_diversity(x, labels) / varied,
             "nll": nll(x, labels),
             "ms_per_image": ms,

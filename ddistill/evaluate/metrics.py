@@ -5,27 +5,49 @@ the data, squared for Fréchet.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from ddistill.evaluate import sets
+from ddistill.evaluate.moments import moments_of
+
+
+class Frechet(NamedTuple):
+    """A Fréchet distance, and the share of the covariances' traces that negative eigenvalues were, which were clipped.
+
+    Rounding leaves a share of 1e-15; one above 1e-6 means that a matrix is no covariance, or was stored in few digits.
+    """
+
+    distance: float
+    clipped: float
 
 
 def frechet_gaussians(mu1, cov1, mu2, cov2) -> float:
+    """The distance of `frechet_parts` alone."""
+    return frechet_parts(mu1, cov1, mu2, cov2).distance
+
+
+def frechet_parts(mu1, cov1, mu2, cov2) -> Frechet:
     """Fréchet distance (squared 2-Wasserstein) of N(mu1, cov1) and N(mu2, cov2): mu [d], cov [d, d], may be singular.
 
-    |mu1 - mu2|² + tr(cov1 + cov2 - 2 (cov1^½ cov2 cov1^½)^½), at least 0. Dowson & Landau 1982, eq. 4; Heusel et al.
-    2017, eq. 6. Raises ValueError where shapes disagree.
+    |mu1 - mu2|² + tr(cov1 + cov2 - 2 (cov1^½ cov2 cov1^½)^½), at least 0, of symmetric roots. Dowson & Landau 1982,
+    eq. 4; Heusel et al. 2017, eq. 6. Raises ValueError where shapes disagree, and for NaN or Inf.
     """
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
     (d,) = mu1.shape if mu1.ndim == 1 else (-1,)
     if mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
         shapes = f"{mu1.shape}, {cov1.shape}, {mu2.shape}, {cov2.shape}"
         raise ValueError(f"mu1, cov1, mu2, cov2 have shapes {shapes}; expected (d,), (d, d), (d,), (d, d).")
+    if not all(np.isfinite(a).all() for a in (mu1, cov1, mu2, cov2)):
+        raise ValueError("mu1, cov1, mu2 or cov2 holds NaN or Inf.")
+    (root1, negative1), (root2, negative2) = _square_root(cov1), _square_root(cov2)
     # tr (A B² A)^½ is the sum of the singular values of AB. Eigenvalues of A B² A would be their squares, and rounding
     # would be felt at 1e-8 instead of 1e-16.
-    cross = np.linalg.svd(_square_root(cov1) @ _square_root(cov2), compute_uv=False).sum()
-    return max(0.0, float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross))
+    cross = np.linalg.svd(root1 @ root2, compute_uv=False).sum()
+    traces = np.trace(cov1) + np.trace(cov2)
+    distance = max(0.0, float(np.sum((mu1 - mu2) ** 2) + traces - 2 * cross))
+    return Frechet(distance, float((negative1 + negative2) / traces) if traces > 0 else 0.0)
 
 
 def frechet(a, b) -> float:
@@ -35,9 +57,8 @@ def frechet(a, b) -> float:
     coordinates given in place of Inception features.
     """
     a, b = sets.pair(a, b, least=2)
-    mu_a, mu_b = a.mean(0), b.mean(0)
-    cov_a, cov_b = ((x - mu).T @ (x - mu) / (len(x) - 1) for x, mu in ((a, mu_a), (b, mu_b)))
-    return frechet_gaussians(mu_a, cov_a, mu_b, cov_b)
+    of_a, of_b = moments_of(a), moments_of(b)
+    return frechet_gaussians(of_a.mean, of_a.covariance, of_b.mean, of_b.covariance)
 
 
 def sliced_wasserstein(a, b, directions: int = 256, seed: int = 0) -> float:
@@ -81,23 +102,6 @@ def sliced_wasserstein_to(b, n: int, directions: int = 256, seed: int = 0) -> Ca
     return distance
 
 
-def precision_recall(real, fake, k: int = 5) -> tuple[float, float]:
-    """Improved precision and recall, each in [0, 1], with balls reaching to the k-th neighbour (itself not counted).
-
-    Precision: the share of `fake` inside a ball of `real`. Recall: the share of `real` inside a ball of `fake`. Memory
-    is a few blocks of 32 MiB, whatever the counts. Raises ValueError for NaN or Inf, unequal dimensions, k below 1,
-    sets of k samples or fewer. Kynkäänniemi et al. 2019, eq. 1 and 2.
-    """
-    real, fake, slack = sets.centred_pair(real, fake, k)
-    radii_real, radii_fake = (sets.neighbour_distance2(x, k) + slack for x in (real, fake))
-    inside_real, inside_fake = [], np.zeros(len(real), bool)
-    for rows in sets.blocks(len(fake), len(real)):
-        distance2 = sets.distance2(fake[rows], real)
-        inside_real.append((distance2 <= radii_real).any(1))
-        inside_fake |= (distance2 <= radii_fake[rows, None]).any(0)
-    return float(np.concatenate(inside_real).mean()), float(inside_fake.mean())
-
-
 def fit_digit_classifier(x, labels) -> Callable[[np.ndarray], np.ndarray]:
     """Fit an RBF support vector machine to x [N, ...] and labels [N]; gives a function x [M, ...] -> labels [M].
 
@@ -120,9 +124,10 @@ def classifier_accuracy(classify: Callable[[np.ndarray], np.ndarray], x, labels)
     return float(np.mean(classify(x) == labels))
 
 
-def _square_root(covariance: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+def _square_root(covariance: np.ndarray) -> tuple[np.ndarray, float]:
+    """The symmetric root, and the sum of the negative eigenvalues' sizes, which were set to 0."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T, float(-np.minimum(values, 0).sum())
 
 
 def _directions(d: int, count: int, seed: int) -> np.ndarray:

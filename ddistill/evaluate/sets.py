@@ -58,15 +58,3 @@ def distance2(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squares += np.einsum("nd,nd->n", a, a)[:, None]
     squares += np.einsum("nd,nd->n", b, b)
     return squares
-
-
-def neighbour_distance2(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance [N] of every sample of x [N, d] to its k-th nearest other one."""
-    nearest = []
-    for rows in blocks(len(x), len(x)):
-        squares = distance2(x[rows], x)
-        own = np.arange(len(squares))
-        squares[own, rows.start + own] = np.inf
-        squares.partition(k - 1, axis=1)
-        nearest.append(squares[:, k - 1].copy())  # a copy, or the view would keep the block alive
-    return np.concatenate(nearest)
