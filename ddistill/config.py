@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.data.loading import Readable, loader, part_of
 from ddistill.data.pair_store import PairStore, open_pairs
+from ddistill.divergence import Divergence
 from ddistill.hub.configs import kind_with
 from ddistill.hub.load import load_network, open_config, open_diffusion
 from ddistill.losses.times import LogNormal
@@ -260,6 +261,7 @@ class Experiment:
     """A teacher, and a method that distils it. Seeds fix everything that is random.
 
     published: what a dry run takes for an imported teacher and its data where their folders are not there.
+    steps_per_dispatch: steps taken in one call, more than one for networks so small that calls take most of the time.
     """
 
     name: str
@@ -278,6 +280,8 @@ class Experiment:
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
+    steps_per_dispatch: int = 1
+    divergence: Divergence = field(default_factory=Divergence)
 
 
 def resolved(experiment: Experiment) -> Experiment:

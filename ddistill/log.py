@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
+from ddistill.goodput import of_starts, read_starts
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from tensorboardX import SummaryWriter
@@ -27,6 +29,9 @@ class Log(Protocol):
     def progress(self, step: int) -> None:
         """`step` steps are done."""
 
+    def spent(self, step: int, spent: Mapping[str, float]) -> None:
+        """Where the time since the stage was started has gone up to now (`goodput.Clock.spent`)."""
+
     def stop(self) -> None:
         """End the stage."""
 
@@ -35,11 +40,12 @@ class Log(Protocol):
 
 
 class Silent:
-    """A log that keeps the metrics it is told in `rows` and the words in `notes`, and shows nothing."""
+    """A log that keeps metrics in `rows`, words in `notes` and what was spent last in `clock`, and shows nothing."""
 
     def __init__(self):
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.clock: Mapping[str, float] = {}
         self._stage = ""
 
     def start(self, stage: str, first: int, steps: int) -> None:
@@ -53,6 +59,10 @@ class Silent:
     def progress(self, step: int) -> None:
         """Nothing."""
 
+    def spent(self, step: int, spent: Mapping[str, float]) -> None:
+        """Keep it."""
+        self.clock = spent
+
     def stop(self) -> None:
         """Nothing."""
 
@@ -64,16 +74,18 @@ class Silent:
 class RunLog:
     """A log in a folder, metrics.jsonl, events/ and where there is something to say notes.txt, and on the terminal.
 
-    On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then. Only
-    the first process of several writes. Use as a context manager.
+    On a terminal a progress bar with loss, steps per second and time left; otherwise a plain line now and then; and at
+    the end of a stage a line that says where its time went. Only the first process of several writes. Use as a context
+    manager.
     """
 
     _bar: "Progress | None" = None
     _events: "SummaryWriter | None" = None
+    _spent: tuple[int, Mapping[str, float]] | None = None
 
     def __init__(self, directory: Path | str):
         self._writes = jax.process_index() == 0
-        self._stage, self._loss = "", math.nan
+        self._stage, self._loss, self._kept = "", math.nan, -math.inf
         if self._writes:
             from tensorboardX import SummaryWriter
 
@@ -81,6 +93,7 @@ class RunLog:
             self._notes = directory / "notes.txt"
             metrics = directory / "metrics.jsonl"
             torn = metrics.is_file() and not metrics.read_bytes().endswith(b"\n")  # killed in the middle of a row
+            self._starts = read_starts(metrics)
             self._file = metrics.open("a", encoding="utf-8")
             self._file.write("\n" * torn)
             self._events = SummaryWriter(str(directory / "events"))
@@ -137,11 +150,32 @@ class RunLog:
             line = f"{self._stage} {step}/{self._steps}{loss}  {rate:.0f} steps/s  {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
+    def spent(self, step: int, spent: Mapping[str, float]) -> None:
+        """Keep it, and write it once a minute, so that a run that is killed can be told of as well."""
+        self._spent = step, spent
+        if time.monotonic() - self._kept > 60:
+            self._write_spent()
+
+    def _write_spent(self) -> None:
+        if self._events is None or self._spent is None:
+            return
+        (step, spent), self._kept = self._spent, time.monotonic()
+        self._file.write(json.dumps({"stage": self._stage, "step": step, "spent": dict(spent)}) + "\n")
+        self._file.flush()
+
     def stop(self) -> None:
         """End the stage."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._events is not None and self._spent is not None:
+            self._write_spent()
+            starts = self._starts.setdefault(self._stage, [])
+            starts.append(self._spent)
+            done = of_starts(starts)
+            self._events.add_scalar(f"{self._stage}/goodput", done.share, self._spent[0])
+            print(f"{self._stage}: {done.words()}", file=sys.stderr, flush=True)
+        self._spent, self._kept = None, -math.inf
 
     def note(self, text: str) -> None:
         """Print the words, in every process, and keep them."""

@@ -1,5 +1,6 @@
 """A run as a list of stages: each trains with one method, and its result is the teacher of the next."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from ddistill import sharding
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.data.inverted import beside_inverted
+from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, slower
+from ddistill.goodput import Clock
 from ddistill.log import Log, Silent
-from ddistill.methods.base import UNKNOWN, Made, Method, Metrics, Pairs, Space, rounds, split_steps
+from ddistill.loop import Pace, Profile, fit
+from ddistill.methods.base import UNKNOWN, Made, Method, Pairs, Space, rounds, split_steps
 from ddistill.net import Net, retime, two_way
 from ddistill.process import Process
-from ddistill.signals import Stop, Stopped
+from ddistill.signals import Stop
 from ddistill.train import State, Trainer, make_trainer
 
 
@@ -95,10 +99,6 @@ def stages_of(
     return stages
 
 
-class DivergedError(FloatingPointError):
-    """Training whose updates have not been finite for many steps on end."""
-
-
 def run(
     stages: Sequence[Stage],
     first: Net,
@@ -109,44 +109,114 @@ def run(
     workdir: Path | None = None,
     log_every: int = 50,
     checkpoint_every: int = 1000,
+    steps_per_dispatch: int = 1,
+    ahead: int = 2,
+    divergence: Divergence | None = None,
+    profile: range | None = None,
     stop: Stop | None = None,
 ) -> list[Net]:
     """Run the stages from a first teacher (or the network to be trained as one); answers each stage's result.
 
     With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
     where it stopped, with the same result as if it had not. Damaged checkpoints are skipped, and told of in the log.
-    Raises Stopped where `stop` asks for it, with the state saved.
+    log_every, checkpoint_every, steps_per_dispatch, ahead: the loop's `Pace`. profile: the steps of each stage of which
+    a profiler's trace is written under the workdir. Raises Stopped where `stop` asks for it, with the state saved, and
+    DivergedError as `divergence` says.
     """
     results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
-    stop = Stop() if stop is None else stop
+    tell = warnings.warn if log is None else log.note
+    stop, log = stop or Stop(), log or Silent()
+    pace = Pace(log_every, checkpoint_every, steps_per_dispatch, ahead)
+    if profile is not None and workdir is None:
+        raise ValueError("a profile needs a workdir, the folder under which it is written")
+    traced = False
     last: tuple[Stage, Trainer] | None = None
     for i, stage in enumerate(stages):
         before = results[-1] if results else first
-        teacher = stage.enter(before)
         trainer = last[1] if last and _trains_alike(last[0], stage) else trainer_of(stage, mesh)
         last = stage, trainer
-        guided = stage.enter(stage.guide(before))
-        nets, state = prepare(trainer, teacher, guided, jax.random.fold_in(key, i), stage.space)
-        if workdir is None:
-            state = fit(trainer, state, nets, stage, log=log, log_every=log_every, stop=stop)
-        else:
-            tell = warnings.warn if log is None else log.note
-            with Checkpoints(workdir / "checkpoints" / stage.name, tell=tell) as checkpoints:
-                if checkpoints.latest() is not None:
-                    state = checkpoints.restore(state)
-                state = fit(
-                    trainer, state, nets, stage, log=log, log_every=log_every,
-                    checkpoints=checkpoints, checkpoint_every=checkpoint_every, stop=stop,
-                )  # fmt: skip
-        results.append(result(trainer, state, nets))
+        trace = Profile(profile, workdir / "profile" / stage.name) if workdir is not None else Profile()
+        with (
+            Checkpoints(workdir / "checkpoints" / stage.name, tell=tell)
+            if workdir is not None
+            else contextlib.nullcontext()
+        ) as checkpoints:
+            made = _carried_out(
+                stage, trainer, before, jax.random.fold_in(key, i),
+                checkpoints=checkpoints, pace=pace, log=log, divergence=divergence or Divergence(), profile=trace,
+                stop=stop,
+            )  # fmt: skip
+        results.append(made)
+        traced |= trace.written
+    if profile is not None and not traced:
+        log.note(f"no stage took steps {profile.start}:{profile.stop} now: nothing was profiled")
     return results
 
 
-def trainer_of(stage: Stage, mesh: jax.sharding.Mesh) -> Trainer:
-    """What trains a stage, with optimisers made for the number of updates that each network gets."""
+def _carried_out(
+    stage: Stage,
+    trainer: Trainer,
+    before: Net,
+    key: jax.Array,
+    *,
+    checkpoints: Checkpoints | None,
+    pace: Pace,
+    log: Log,
+    divergence: Divergence,
+    profile: Profile,
+    stop: Stop,
+) -> Net:
+    """The result of a stage, from where its checkpoints are; after divergence anew from there, if that is wanted."""
+    source: Source | None = None
+    backs = Rollbacks(checkpoints and checkpoints.directory, jax.process_index() == 0)
+    while True:
+        clock, count = Clock(), len(backs.done)
+        with clock.of("start"):
+            used = trainer if not count else trainer_of(stage, trainer.mesh, divergence.rate**count, count)
+            teacher, guided = stage.enter(before), stage.enter(stage.guide(before))
+            nets, state = prepare(used, teacher, guided, key, stage.space)
+            if checkpoints is not None and checkpoints.latest() is not None:
+                state = checkpoints.restore(state)
+            first = int(state.step)
+            if first < stage.steps and source is None:
+                source = stage.source(nets["teacher"])
+        if source is None:
+            return result(used, state, nets)
+        try:
+            state = fit(
+                used, state, nets, _later(source, backs.skipped),
+                stage=stage.name, steps=stage.steps, round=stage.round, pace=pace, log=log, checkpoints=checkpoints,
+                stop=stop, divergence=divergence, profile=profile, clock=clock,
+            )  # fmt: skip
+            return result(used, state, nets)
+        except DivergedError as error:
+            if divergence.action == "stop":
+                raise
+            if count >= divergence.most:
+                raise DivergedError(f"{error}. That was after {count} rollbacks", error.step) from error
+            to = (checkpoints and checkpoints.latest()) or 0
+            backs.add(Back(error.step, to))
+            log.note(
+                f"{error}. Rollback {count + 1} of {divergence.most}: back to step {to}, without the "
+                f"{error.step - to} batches since, and with {divergence.rate ** (count + 1):g} times the learning rate"
+            )
+
+
+def _later(source: Source, skipped: int) -> Source:
+    """The batches of later steps."""
+    return (lambda step: source(step + skipped)) if skipped else source
+
+
+def trainer_of(stage: Stage, mesh: jax.sharding.Mesh, rate: float = 1.0, draw: int = 0) -> Trainer:
+    """What trains a stage, with optimisers made for the number of updates that each network gets.
+
+    rate: what learning rates are multiplied by. draw: see `make_trainer`.
+    """
     optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
-    return make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate)
+    if rate != 1:
+        optimizers = {n: slower(optimizer, rate) for n, optimizer in optimizers.items()}
+    return make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate, draw=draw)
 
 
 def _trains_alike(a: Stage, b: Stage) -> bool:
@@ -176,84 +246,3 @@ def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
     method = trainer.method
     forth = method.finish(named(method.result))
     return forth if method.inverse is None else two_way(forth, method.finish(named(method.inverse)))
-
-
-def fit(
-    trainer: Trainer,
-    state: State,
-    nets: dict[str, Net],
-    stage: Stage,
-    *,
-    log: Log | None = None,
-    log_every: int = 50,
-    checkpoints: Checkpoints | None = None,
-    checkpoint_every: int = 1000,
-    stop: Stop | None = None,
-) -> State:
-    """Train from the state's step to the stage's last.
-
-    Metrics are read one report late, so that the devices never wait for the host.
-    Raises DivergedError when no update of a network has been finite for 100 of its turns on end, ValueError if a batch
-    lacks what the method needs, and Stopped, once the step is saved, where `stop` asks for it.
-    """
-    log = Silent() if log is None else log
-    stop = Stop() if stop is None else stop
-    begin = int(state.step)
-    if begin >= stage.steps:
-        return state
-    source = stage.source(nets["teacher"])
-    log.start(stage.name, begin, stage.steps)
-    waiting: tuple[int, Metrics] | None = None
-    try:
-        with stop.watch():
-            for step in range(begin, stage.steps):
-                batch = source(step)
-                if step == begin:
-                    _check_needs(stage, batch)
-                turn = trainer.method.turn(step)
-                state, metrics = trainer.step(
-                    state, nets, sharding.put_batch(trainer.mesh, batch), turn, stage.steps, stage.round
-                )
-                done = step + 1
-                asked = stop.now()
-                ends = asked or done == stage.steps
-                if done % log_every == 0 or done == stage.steps:
-                    _report(log, stage, waiting)
-                    waiting = (done, metrics)
-                    log.progress(done)
-                if checkpoints is not None and (ends or done % checkpoint_every == 0 or checkpoints.failed()):
-                    _report(log, stage, waiting)  # what a checkpoint has behind it is not told again
-                    waiting = None
-                    checkpoints.save(done, state, wait=ends)
-                if ends:
-                    break
-        _report(log, stage, waiting)
-        if asked:
-            kept = "" if checkpoints is None else " and saved"
-            raise Stopped(f"stage {stage.name!r} is stopped{kept} at step {done} of {stage.steps}", stop.signal)
-    finally:
-        log.stop()
-    return state
-
-
-def _check_needs(stage: Stage, batch) -> None:
-    missing = sorted(stage.method.needs - set(batch))
-    if missing:
-        raise ValueError(
-            f"stage {stage.name!r} needs {missing} in its batches, which hold {sorted(batch)}: "
-            "x is data, noise and x together are teacher pairs, path their trajectories"
-        )
-
-
-def _report(log: Log, stage: Stage, waiting: tuple[int, Metrics] | None) -> None:
-    if waiting is None:
-        return
-    step, metrics = waiting
-    log.metrics(step, metrics)
-    failed = int(metrics["failing"])
-    if failed >= 100:
-        raise DivergedError(
-            f"stage {stage.name!r}, step {step}: the last {failed} gradients of a network were NaN or infinite and "
-            "were not applied. Lower the learning rate, clip gradients, or look at the data; the last finite state is "
-            "kept"
-        )

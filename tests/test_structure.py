@@ -9,13 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "checkpoint", "log", "overrides", "signals"},
+    {"process", "version", "sharding", "overrides", "signals", "goodput", "divergence"},
+    {"hosts", "storage"},
+    {"checkpoint", "log"},
     {"grids", "net", "losses"},
     {"features", "mixture", "integrators", "networks"},
     {"lora"},
     {"sample", "methods", "data", "hub"},
     {"prompts"},
     {"train", "config"},
+    {"loop"},
     {"stages", "quickstart", "datasets", "published"},
     {"evaluate", "report"},
     {"runs", "bench"},

@@ -124,7 +124,7 @@ def test_where_all_are_damaged_the_files_are_kept_and_nothing_is_trained(tmp_pat
 
 def test_a_run_goes_on_from_the_step_before_a_damaged_one_and_says_so(tmp_path, undisturbed):
     with pytest.raises(Stopped):
-        train(tmp_path, checkpoint_every=2, source=asks(stop := Stop(), 5), stop=stop)
+        train(tmp_path, checkpoint_every=2, ahead=0, source=asks(stop := Stop(), 5), stop=stop)
     flip(largest(tmp_path / "checkpoints" / "s" / "6"))
     log = Silent()
     np.testing.assert_array_equal(train(tmp_path, log=log, log_every=1), undisturbed)
@@ -222,12 +222,12 @@ def asks(stop, at, number=signal.SIGTERM):
 def test_a_stop_saves_the_step_and_the_same_call_goes_on_with_the_same_bits(tmp_path, undisturbed):
     log = Silent()
     with pytest.raises(Stopped, match="stage 's' is stopped and saved at step 4 of 8") as stopped:
-        train(tmp_path, source=asks(stop := Stop(), 3), stop=stop, log=log, log_every=2)
+        train(tmp_path, ahead=0, source=asks(stop := Stop(), 3), stop=stop, log=log, log_every=2)
     assert stopped.value.status == 75 and restored_step(tmp_path) == 4
     np.testing.assert_array_equal(train(tmp_path, log=log, log_every=2), undisturbed)
     assert [row["step"] for row in log.rows] == [2, 4, 6, 8]
     with pytest.raises(Stopped, match="is stopped at step 1 of 8") as stopped:
-        train(source=asks(stop := Stop(), 0, signal.SIGINT), stop=stop)
+        train(ahead=0, source=asks(stop := Stop(), 0, signal.SIGINT), stop=stop)
     assert stopped.value.status == 130
 
 

@@ -7,8 +7,11 @@ its iterator is a number, and the step of a checkpoint is that number: resuming 
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +19,8 @@ import numpy as np
 from ddistill.data.arrays import Source
 
 PyTree = Any
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 class Unreadable(ValueError):
@@ -162,6 +167,30 @@ def read_ahead(read: Callable[[int], Any], first: int, stop: int, ahead: int, th
     threads = min(os.cpu_count() or 1, 32) if threads is None else threads
     options = _grain().ReadOptions(threads, max(threads, ahead))
     return Reading(iter(_grain().MapDataset.range(first, stop).map(read).to_iter_dataset(options)))
+
+
+def prefetched(make: Callable[[T], Made], items: Iterable[T], ahead: int) -> Iterator[tuple[T, Made]]:
+    """(item, make(item)) for each item in order, `ahead` of which a thread makes before they are asked for.
+
+    With ahead = 0 each is made when it is asked for. What `make` raises is raised when its item's turn comes. Close the
+    iterator where it is not read to its end, so that the thread ends.
+    """
+    if not ahead:
+        yield from ((item, make(item)) for item in items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = deque((item, thread.submit(make, item)) for item in islice(items, ahead))
+        try:
+            while coming:
+                item, made = coming.popleft()
+                value = made.result()
+                coming.extend((item, thread.submit(make, item)) for item in islice(items, 1))
+                yield item, value
+                del made, value  # a batch on the devices is not kept until the next one comes
+        finally:
+            for _, made in coming:
+                made.cancel()
 
 
 def part_size(batch_size: int, part: tuple[int, int]) -> int:
