@@ -114,6 +114,7 @@ def import_(command: Import) -> None:
 
 def distill(command: Distill, flags: Sequence[str]) -> None:
     """Train an experiment in its work folder."""
+    profile = None if command.profile is None else _steps(command.profile)
     experiment = load_experiment(command.experiment, flags)
     if command.dry_run:
         return _tell(experiment.name, dry_run(experiment, command.devices))
@@ -121,8 +122,16 @@ def distill(command: Distill, flags: Sequence[str]) -> None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = Path("runs") / experiment.name if command.workdir is None else command.workdir
     with on_signals() as stop:
-        distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop)
+        distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop, profile=profile)
     _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
+
+
+def _steps(text: str) -> range:
+    """The steps of --profile."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError(f"--profile {text}: give two steps, FIRST:END, such as 10:15 for steps 10 to 14, from 0 on")
+    return range(int(first), int(end))
 
 
 def _tell(name: str, done: DryRun) -> None:
