@@ -83,6 +83,34 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
             f"batch_size = {experiment.batch_size} does not split into {experiment.accumulate} parts (accumulate) over "
             f"{devices} devices: take a multiple of {devices * experiment.accumulate}"
         )
+    built, notes = build(experiment)
+    plans = []
+    for part in built:
+        stage = part.stage
+        part.trainer.step.eval_shape(  # type: ignore[attr-defined]
+            part.state, part.nets, part.batch, stage.method.turn(0), stage.steps, stage.round
+        )
+        seen = {name: _shown(value) for name, value in part.batch.items()}
+        plans.append(StagePlan(stage.name, stage.steps, seen, _rows(part.trainer, part.nets, part.state, mesh)))
+    return DryRun(devices, experiment.fsdp, notes, plans)
+
+
+class Built(NamedTuple):
+    """A stage with shapes for arrays: what trains it, on one device, its networks, state, batch, and its result."""
+
+    stage: Stage
+    trainer: Trainer
+    nets: dict[str, Net]
+    state: State
+    batch: dict[str, Any]
+    result: Net
+
+
+def build(experiment: Experiment, *, once: bool = True) -> tuple[list[Built], list[str]]:
+    """The stages of a `resolved` experiment, with shapes for arrays, and what stood in for what was not there.
+
+    once: a network is traced once for all calls of the same shapes. Raises as `dry_run`, devices aside.
+    """
     data, notes = _data(experiment)
     key = jax.random.key(experiment.seed)
     if isinstance(experiment.network, Imported):
@@ -90,14 +118,14 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
         notes += more
     else:
         net = jax.eval_shape(lambda k: experiment.network.build(data, experiment.process, k), key)
-    net = dataclasses.replace(net, apply=_Once(net.apply))
+    net = dataclasses.replace(net, apply=_Once(net.apply)) if once else net
     batch = _batch(data, experiment.batch_size)
-    plans = []
+    built = []
     for stage in stages(experiment, data):
         trainer = trainer_of(stage, sharding.local_mesh(jax.local_devices()[:1]))
-        net, row = _stage(stage, trainer, net, batch, mesh)
-        plans.append(row)
-    return DryRun(devices, experiment.fsdp, notes, plans)
+        built.append(_built(stage, trainer, net, batch))
+        net = built[-1].result
+    return built, notes
 
 
 @dataclass(frozen=True)
@@ -116,19 +144,13 @@ def _traced(apply, params, rest, x, t, cond, s, key):
     return apply(params, rest, x, t, cond, s=s, key=key)
 
 
-def _stage(
-    stage: Stage, trainer: Trainer, before: Net, batch: PyTree, mesh: jax.sharding.AbstractMesh
-) -> tuple[Net, StagePlan]:
-    """The stage's result, and what is to be told of it."""
+def _built(stage: Stage, trainer: Trainer, before: Net, batch: PyTree) -> Built:
     teacher = jax.eval_shape(stage.enter, before)
     guided = jax.eval_shape(lambda net: stage.enter(stage.guide(net)), before)
     start = lambda teacher, guided, key: prepare(trainer, teacher, guided, key, stage.space)  # noqa: E731
     nets, state = jax.eval_shape(start, teacher, guided, jax.random.key(0))
-    seen = _seen(stage, batch)
-    trainer.step.eval_shape(state, nets, seen, stage.method.turn(0), stage.steps, stage.round)  # type: ignore[attr-defined]
-    shapes = {name: _shown(value) for name, value in seen.items()}
     after = jax.eval_shape(lambda state, nets: result(trainer, state, nets), state, nets)
-    return after, StagePlan(stage.name, stage.steps, shapes, _rows(trainer, nets, state, mesh))
+    return Built(stage, trainer, nets, state, _seen(stage, batch), after)
 
 
 def _rows(trainer: Trainer, nets: dict[str, Net], state: State, mesh: jax.sharding.AbstractMesh) -> list[Row]:
