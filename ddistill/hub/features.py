@@ -7,6 +7,7 @@ A file is safetensors or of torch.save; nothing is downloaded, and no code in a 
 """
 
 import hashlib
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,14 +24,19 @@ from jax.sharding import Mesh
 from ddistill import sharding
 from ddistill.hub.pickles import checkpoint_tensors
 from ddistill.hub.tensors import open_tensors
+from ddistill.hub.vision import vision_params
 from ddistill.hub.weights import params_from
 from ddistill.net import Definition, split
 from ddistill.networks.inception import InceptionConfig, InceptionV3
 from ddistill.networks.layers import rngs_of
-from ddistill.networks.preprocess import Preprocessing, clean
+from ddistill.networks.preprocess import Preprocessing, clean, dgm_eval, openai_clip
+from ddistill.networks.vit import CLIP, DINOV2, VisionTransformer, ViTConfig
 
-Network = InceptionConfig
+Network = InceptionConfig | ViTConfig
 """The configurations of networks with features."""
+
+NETWORKS: Mapping[str, Network] = {InceptionConfig().name: InceptionConfig(), **CLIP, **DINOV2}
+"""Published networks by name."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,9 +62,9 @@ class Features:
     def apply(self, images: Array) -> dict[str, Array]:
         """Images [B, H, W, 3], uint8 or of floats in [0, 1] -> features [B, D] by name, float32.
 
-        Inception answers "pool", "logits" and "spatial" (`InceptionV3`). Products are of full float32 precision on
-        every device. Under jit images may lie sharded along their first axis, and so do the features. Raises ValueError
-        for other shapes and types.
+        Inception answers "pool", "logits" and "spatial" (`InceptionV3`), CLIP and DINOv2 "embedding"
+        (`VisionTransformer`). Products are of full float32 precision on every device. Under jit images may lie sharded
+        along their first axis, and so do the features. Raises ValueError for other shapes and types.
         """
         with jax.default_matmul_precision("float32"):
             return self.definition(self.params, {})(self.preprocessing(images))
@@ -73,15 +79,22 @@ def load_features(
 ) -> Features:
     """A network with the weights of a published file, safetensors (a file, or a folder of one model) or torch.save's.
 
-    preprocessing: by default the reference's, Clean-FID's for Inception. dtype: what the network computes in.
+    network: a configuration, the published ones being in `NETWORKS`. preprocessing: by default Clean-FID's for
+    Inception, CLIP's own for CLIP (CMMD has another, `cmmd`), FD-DINOv2's for DINOv2. dtype: what the network computes
+    in.
 
-    Files are, for `InceptionConfig`: pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its releases on GitHub), or
-    torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
+    Files are, for Inception, pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its releases on GitHub) or
+    torch-fidelity's weights-inception-2015-12-05-6726825d.pth; for CLIP, model.safetensors of the Hugging Face models
+    openai/clip-vit-base-patch32, -base-patch16, -large-patch14 and -large-patch14-336, or open_clip's files of the same
+    (OpenAI's own .pt are TorchScript); for DINOv2, its authors' dinov2_vitl14_pretrain.pth,
+    dinov2_vitl14_reg4_pretrain.pth and so on, or model.safetensors of facebook/dinov2-large,
+    facebook/dinov2-with-registers-large and so on.
 
     Raises ValueError that lists all tensors that are missing, not expected or of another shape, and as `read_tensors`.
     """
     code, shapes = _definition(network, dtype)
-    params = params_from(read_tensors(path), shapes)
+    read = vision_params if isinstance(network, ViTConfig) else params_from
+    params = read(read_tensors(path), shapes)
     return _features(network, code, params, preprocessing)
 
 
@@ -104,9 +117,21 @@ def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
         found = {name: np.asarray(tensor) for name, tensor in open_tensors(path).items()}
     elif not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a file of weights, safetensors or torch.save's")
+    elif _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, a program with its weights: take the model as safetensors or as a "
+            "state_dict of torch.save"
+        )
     else:
         found = checkpoint_tensors(path)
     return {name: tensor for name, tensor in found.items() if not name.endswith("num_batches_tracked")}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def digest_of(params: Mapping[str, Any]) -> str:
@@ -127,7 +152,7 @@ def _definition(network: Network, dtype: Any) -> tuple[Definition, dict[str, Any
 
 
 def _features(network: Network, code: Definition, params: Mapping[str, Any], given: Preprocessing | None) -> Features:
-    preprocessing = _PREPROCESSING[type(network)](network) if given is None else given
+    preprocessing = _reference(network) if given is None else given
     arrays = {path: jnp.asarray(params[path]) for path in params}
     return Features(arrays, code, preprocessing, network.name, digest_of(params))
 
@@ -141,5 +166,10 @@ def _random(path: str, leaf: Any, seed: int) -> np.ndarray:
     return np.exp(0.1 * draw) if last in ("scale", "running_var") else 0.1 * draw
 
 
-_MODULES: dict[type, Callable[..., nnx.Module]] = {InceptionConfig: InceptionV3}
-_PREPROCESSING: dict[type, Callable[[Any], Preprocessing]] = {InceptionConfig: lambda network: clean()}
+def _reference(network: Network) -> Preprocessing:
+    if isinstance(network, InceptionConfig):
+        return clean()
+    return openai_clip(network.image) if network.clip else dgm_eval()
+
+
+_MODULES: dict[type, Callable[..., nnx.Module]] = {InceptionConfig: InceptionV3, ViTConfig: VisionTransformer}

@@ -184,6 +184,8 @@ class Conv(nnx.Module):
     fused: the filter of downsampling comes after the convolution, with the borders that this leaves.
     """
 
+    casts_kernel = True
+
     def __init__(
         self,
         inward: int,
@@ -212,7 +214,7 @@ class Conv(nnx.Module):
         if self.down and not self.fused:
             x = downsample(x, self.taps)
         if self.kernel is not None and self.bias is not None:
-            x = convolve(x, self.kernel.astype(self.dtype), wider) + self.bias.astype(self.dtype)
+            x = convolve(x, self.kernel[...].astype(self.dtype), wider) + self.bias[...].astype(self.dtype)
         return downsample(x, self.taps, 0) if self.fused else x
 
 

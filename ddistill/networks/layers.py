@@ -16,9 +16,6 @@ from jax import Array
 
 from ddistill.networks import flash
 
-STACK = "stack"
-"""The part of a path below which parameters have a leading axis, the number of the block."""
-
 
 class _Keys:
     def __init__(self, key: Array):
@@ -65,8 +62,8 @@ class GroupNorm(nnx.Module):
         mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
         rate = jax.lax.rsqrt(jnp.mean((grouped - mean) ** 2, axis=(1, 3), keepdims=True) + self.epsilon)
         shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-        scale = (rate * self.scale.reshape(1, 1, self.groups, -1)).reshape(shape)
-        shift = self.bias[...] - (mean * rate * self.scale.reshape(1, 1, self.groups, -1)).reshape(shape)
+        scale = (rate * self.scale[...].reshape(1, 1, self.groups, -1)).reshape(shape)
+        shift = self.bias[...] - (mean * rate * self.scale[...].reshape(1, 1, self.groups, -1)).reshape(shape)
         return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
 
 

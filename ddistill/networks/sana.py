@@ -221,8 +221,8 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[B, h, w, C] -> the same, in the layer's dtype."""
         height, width = x.shape[1:3]
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
-        parts = [padded[:, i : i + height, j : j + width] * self.kernel[i, j, 0] for i in range(3) for j in range(3)]
+        padded, kernel = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32), self.kernel[...]
+        parts = [padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(3) for j in range(3)]
         return (sum(parts) + self.bias[...]).astype(self.dtype)
 
 

@@ -26,6 +26,8 @@ GUIDANCE = Sinusoidal(256, scale=1000.0)
 class PatchConv(nnx.Module):
     """A convolution whose stride is the size of its kernel: a linear map of square patches, as one matrix product."""
 
+    casts_kernel = True
+
     def __init__(
         self,
         channels: int,
@@ -45,9 +47,9 @@ class PatchConv(nnx.Module):
         """[B, H, W, channels] -> [B, H/size, W/size, out] in the layer's dtype."""
         (b, h, w, c), p = x.shape, self.size
         flat = x.reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3).reshape(-1, p * p * c).astype(self.dtype)
-        out = flat @ self.kernel.reshape(p * p * c, -1).astype(self.dtype)
+        out = flat @ self.kernel[...].reshape(p * p * c, -1).astype(self.dtype)
         if self.bias is not None:
-            out = out + self.bias.astype(self.dtype)
+            out = out + self.bias[...].astype(self.dtype)
         return out.reshape(b, h // p, w // p, -1)
 
 
