@@ -12,7 +12,8 @@ import jax
 from ddistill import sharding
 from ddistill.config import DigitsData, Experiment, Imported
 from ddistill.data.digits import load_digits
-from ddistill.evaluate.digits import Sampler, evaluate, student_sampler, teacher_sampler
+from ddistill.evaluate.digits import evaluate
+from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m, heun
 from ddistill.methods.base import rounds
 from ddistill.net import Net

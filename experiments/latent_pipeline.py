@@ -35,8 +35,8 @@ from PIL import Image
 from ddistill.cli import main as ddistill
 from ddistill.config import Optimizer
 from ddistill.datasets import LatentFolder
-from ddistill.evaluate.digits import start, student_sampler, teacher_sampler
 from ddistill.evaluate.metrics import frechet
+from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
 from ddistill.hub.autoencoders import Autoencoder, load_autoencoder
 from ddistill.hub.configs import diffusion_of
 from ddistill.hub.save import Recipe, recipe, save_autoencoder, save_pipeline

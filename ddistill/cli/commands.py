@@ -40,6 +40,7 @@ from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
+from ddistill.evaluate.samplers import Sampler, samplers, start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m
 from ddistill.lora import low_rank
 from ddistill.methods import METHODS
@@ -212,16 +213,16 @@ def sample(command: Sample) -> None:
     classes = data.num_classes
     if command.label is not None:
         _check_label("--label", command.label, classes)
-    noise, labels, key = judged.start(process, data.shape, classes, command.n, command.seed)
+    noise, labels, key = start(process, data.shape, classes, command.n, command.seed)
     if command.label is not None:
         labels = jnp.full(command.n, command.label)
     if command.teacher:
         if command.gamma is not None or command.guidance is not None:
             raise ValueError("--gamma and --guidance belong to the student's sampler: leave them out with --teacher")
-        sampler = judged.teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps, "teacher")
+        sampler = teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps, "teacher")
     else:
         made = experiment.method(process)
-        sampler = judged.student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
+        sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
     x = np.asarray(sampler.draw(noise, labels, key).x)
     command.out.parent.mkdir(parents=True, exist_ok=True)
     if command.out.suffix == ".png":
@@ -377,10 +378,10 @@ def _read_rows(path: Path) -> list[Row]:
         raise ValueError(f"--json {path} is not a file that this command wrote; give another name") from error
 
 
-def _samplers(opened: Opened, steps: Sequence[int]) -> list[judged.Sampler]:
+def _samplers(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
     experiment = opened.experiment
     made = experiment.method(experiment.process)
-    return judged.samplers(opened.teacher, opened.student, made, experiment.process, steps)
+    return samplers(opened.teacher, opened.student, made, experiment.process, steps)
 
 
 def _check_label(flag: str, label: int, classes: int) -> None:
@@ -465,7 +466,7 @@ _TABLE = {
 
 
 def _judge(
-    digits: Digits, opened: Opened, plan: Sequence[judged.Sampler], file: Path | None, likelihood: bool = False
+    digits: Digits, opened: Opened, plan: Sequence[Sampler], file: Path | None, likelihood: bool = False
 ) -> None:
     rows: list[Row] = []
     shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}

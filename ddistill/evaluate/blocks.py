@@ -42,7 +42,7 @@ def in_blocks(
     filled[: len(x)] = x
     own = np.full(count * rows, -1, np.int64)
     own[: len(x)] = np.arange(len(x))
-    split = PartitionSpec(None, ("data", "fsdp"))
+    split = PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
     with jax.enable_x64(True):
         blocks = _put(mesh, split, filled.reshape(count, rows, -1)), _put(mesh, split, own.reshape(count, rows))
         copies = [_put(mesh, PartitionSpec(), np.asarray(w)) for w in whole]

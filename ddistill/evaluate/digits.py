@@ -7,78 +7,22 @@ training scans, for the label.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from ddistill import grids
 from ddistill.data.digits import Digits
 from ddistill.evaluate.diversity import condition_diversity
 from ddistill.evaluate.likelihood import bits_per_dimension
 from ddistill.evaluate.metrics import classifier_accuracy, fit_digit_classifier, frechet
 from ddistill.evaluate.neighbours import manifold
-from ddistill.integrators import Solution, euler, heun
-from ddistill.methods.base import Made, home, sampling_of
-from ddistill.net import Net, Scaled
+from ddistill.evaluate.samplers import Sampler, start
+from ddistill.net import Net
 from ddistill.process import Process
-from ddistill.sample import matched_noise, sample
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A way to sample: draw(noise [B, ...], labels [B] or None, key) -> Solution."""
-
-    name: str
-    draw: Callable[[Array, Array | None, Array], Solution]
-
-
-def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps: int, name: str) -> Sampler:
-    """A teacher under an integrator, on Karras' grid of so many steps."""
-    grid = grids.karras(process, steps)
-    solve = jax.jit(lambda net, x, cond: integrator(net.bind(cond), process, grid, x))
-    return Sampler(name, lambda noise, cond, key: solve(teacher, noise, cond))
-
-
-def student_sampler(
-    student: Net, made: Made, process: Process, steps: int, gamma: float | None = None, guidance: float | None = None
-) -> Sampler:
-    """The student of a method with so many steps, from noise of the teacher's process.
-
-    gamma, guidance: other than the method's. Raises ValueError for steps that the student does not serve, and for a
-    guidance scale where it embeds none.
-    """
-    sampling, own = sampling_of(made), home(made, process)
-    if guidance is not None and sampling.guidance is None:
-        raise ValueError(
-            f"guidance = {guidance}: this student's guidance is built in; only students of `guidance` or "
-            "`lcm` take a scale when they sample"
-        )
-    times = sampling.times(steps)
-    gamma = sampling.gamma if gamma is None else gamma
-    w = sampling.guidance if guidance is None else guidance
-
-    @jax.jit
-    def draw(net, x, cond, key):
-        given = cond if w is None else Scaled(cond, jnp.full(x.shape[:1], w))
-        return sample(net, own, times, matched_noise(x, process, own), key, gamma=gamma, cond=given)
-
-    return Sampler("student", lambda noise, cond, key: draw(student, noise, cond, key))
-
-
-def samplers(
-    teacher: Net, student: Net, made: Made, process: Process, steps: Sequence[int] = (1, 2, 4)
-) -> list[Sampler]:
-    """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student."""
-    few = [teacher_sampler(teacher, process, euler, n, "teacher, Euler") for n in sorted(steps, reverse=True)]
-    students = [student_sampler(student, made, process, n) for n in sorted(steps)]
-    return [teacher_sampler(teacher, process, heun, 18, "teacher, Heun"), *few, *students]
 
 
 def evaluate(
@@ -129,15 +73,6 @@ def evaluate(
         jax.block_until_ready(sampler.draw(noise, labels, key))
         ms = 1000 * (time.monotonic() - begin) / count
         yield row(sampler.name, int(solution.nfe), np.asarray(solution.x), np.asarray(labels), ms)
-
-
-def start(
-    process: Process, shape: tuple[int, ...], num_classes: int, count: int, seed: int
-) -> tuple[Array, Array | None, Array]:
-    """Noise [count, ...] at t_max, labels [count] 0, 1, 2, … in turn (None without classes), a key for γ > 0."""
-    k_noise, k_sampler = jax.random.split(jax.random.key(seed))
-    labels = jnp.arange(count, dtype=jnp.int32) % num_classes if num_classes else None
-    return process.prior(k_noise, (count, *shape)), labels, k_sampler
 
 
 def sheet(

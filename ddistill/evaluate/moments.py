@@ -33,6 +33,16 @@ class Moments:
         scatter = self.scatter + other.scatter + np.outer(between, between) * (self.count * share)
         return Moments(count, self.mean + share * between, scatter)
 
+    def __sub__(self, part: "Moments") -> "Moments":
+        """Of what is left of a set without a part of it."""
+        count = self.count - part.count
+        if not count or not part.count:
+            return self if count else Moments(0, np.zeros_like(self.mean), np.zeros_like(self.scatter))
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        between = mean - part.mean
+        scatter = self.scatter - part.scatter - np.outer(between, between) * (part.count * count / self.count)
+        return Moments(count, mean, scatter)
+
 
 def moments_of(x) -> Moments:
     """Moments of features [N, ...]. Raises ValueError for NaN or Inf."""
