@@ -96,7 +96,7 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
 
 
 class Built(NamedTuple):
-    """A stage with shapes for arrays: what trains it, on one device, its networks, state, batch, and its result."""
+    """A stage with shapes for arrays: what trains it, its networks, state, batch, and its result."""
 
     stage: Stage
     trainer: Trainer
@@ -106,11 +106,15 @@ class Built(NamedTuple):
     result: Net
 
 
-def build(experiment: Experiment, *, once: bool = True) -> tuple[list[Built], list[str]]:
+def build(
+    experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None, once: bool = True
+) -> tuple[list[Built], list[str]]:
     """The stages of a `resolved` experiment, with shapes for arrays, and what stood in for what was not there.
 
-    once: a network is traced once for all calls of the same shapes. Raises as `dry_run`, devices aside.
+    mesh: by default of one device that is here. once: a network is traced once for all calls of the same shapes. Raises
+    as `dry_run`, devices aside.
     """
+    mesh = sharding.local_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     data, notes = _data(experiment)
     key = jax.random.key(experiment.seed)
     if isinstance(experiment.network, Imported):
@@ -122,8 +126,7 @@ def build(experiment: Experiment, *, once: bool = True) -> tuple[list[Built], li
     batch = _batch(data, experiment.batch_size)
     built = []
     for stage in stages(experiment, data):
-        trainer = trainer_of(stage, sharding.local_mesh(jax.local_devices()[:1]))
-        built.append(_built(stage, trainer, net, batch))
+        built.append(_built(stage, trainer_of(stage, mesh), net, batch))
         net = built[-1].result
     return built, notes
 
