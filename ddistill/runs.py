@@ -8,14 +8,16 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ddistill import sharding
+from ddistill import hosts, sharding, storage
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.config import Data, Experiment, Imported, resolved
 from ddistill.data import Source
@@ -54,11 +56,16 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: st
     message for an unknown flag names, with which the process exits. Raises FileNotFoundError for no file, ValueError
     where it cannot be executed or gives no Experiment.
     """
-    path = Path(path)
+    path = storage.folder(path)
     how = "an experiment is a Python file with `def experiment() -> Experiment`"
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; {how}")
     name = f"ddistill_experiment_{path.stem}"
+    if storage.remote(path):  # Python imports files on disk
+        with tempfile.TemporaryDirectory() as here:
+            copy = Path(here) / path.name
+            copy.write_bytes(path.read_bytes())
+            return load_experiment(copy, overrides, prog=prog or f"ddistill distill {path}")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file (.py); {how}")
@@ -141,25 +148,29 @@ def distil(
     source: Path | str | None = None,
     overrides: Sequence[str] = (),
     stop: Stop | None = None,
+    profile: range | None = None,
 ) -> Result:
     """Train the teacher and distil it; with a workdir, go on where an earlier call in the same folder stopped.
 
     log: by default metrics in the workdir and a progress bar, or nothing without a workdir. source, overrides: the file
     and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it. stop: asked after
-    each step; where it says so the step is saved and Stopped raised.
+    each step; where it says so the step is saved and Stopped raised. profile: the steps of each stage of which a
+    profiler's trace is written to the workdir's profile/.
+    workdir: a folder that all processes of the run share, on disk or in a bucket (gs://, s3://).
     Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written.
     """
     experiment = resolved(experiment)
     data = experiment.data.load()
     plan = stages(experiment, data)
     if workdir is None:
-        return _run(experiment, data, plan, None, log, stop)
-    workdir = Path(workdir)
+        return _run(experiment, data, plan, None, log, stop, profile)
+    workdir = storage.folder(workdir)
     _claim(workdir, experiment, None if source is None else Path(source), overrides)
     if log is not None:
-        return _run(experiment, data, plan, workdir, log, stop)
-    with RunLog(workdir) as log:
-        return _run(experiment, data, plan, workdir, log, stop)
+        return _run(experiment, data, plan, workdir, log, stop, profile)
+    buffered = storage.remote(workdir) and hosts.first()
+    with storage.mirrored(workdir) if buffered else nullcontext(workdir) as folder, RunLog(folder) as log:
+        return _run(experiment, data, plan, workdir, log, stop, profile)
 
 
 def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opened:
@@ -169,7 +180,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
     where the folder is no run, CheckpointError where the run is unfinished, ValueError where the experiment it was made
     with is no longer what its file gives (as after an update that changed a default).
     """
-    workdir = Path(workdir)
+    workdir = storage.folder(workdir)
     record = _record(workdir)
     if record is None:
         what = "is not the folder of a run (it has no experiment.json)" if workdir.is_dir() else "does not exist"
@@ -199,24 +210,31 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 f"the run in {workdir} is unfinished: {done} of {stage.steps} steps of stage {stage.name!r} are saved. "
                 "Start it again with the same command to finish it"
             )
-    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None, None))
+    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None, None, None))
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
     """The rows of metrics.jsonl by stage, each with its "step"; the last of those repeated after resuming."""
     stages: dict[str, dict[int, dict[str, float]]] = {}
-    with (Path(workdir) / "metrics.jsonl").open(encoding="utf-8") as file:
+    with (storage.folder(workdir) / "metrics.jsonl").open(encoding="utf-8") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # cut off when the run was killed
                 continue
-            stages.setdefault(row.pop("stage"), {})[row["step"]] = row
+            if "spent" not in row:
+                stages.setdefault(row.pop("stage"), {})[row["step"]] = row
     return {name: [rows[step] for step in sorted(rows)] for name, rows in stages.items()}
 
 
 def _run(
-    experiment: Experiment, data: Data, plan: list[Stage], workdir: Path | None, log: Log | None, stop: Stop | None
+    experiment: Experiment,
+    data: Data,
+    plan: list[Stage],
+    workdir: Path | None,
+    log: Log | None,
+    stop: Stop | None,
+    profile: range | None,
 ) -> Result:
     key = jax.random.key(experiment.seed)
     mesh, architecture = sharding.make_mesh(experiment.fsdp), experiment.network
@@ -226,7 +244,9 @@ def _run(
         results = run(
             plan, network, jax.random.fold_in(key, 1),
             mesh=mesh, log=log, workdir=workdir,
-            log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every, stop=stop,
+            log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
+            steps_per_dispatch=experiment.steps_per_dispatch, divergence=experiment.divergence, profile=profile,
+            stop=stop,
         )  # fmt: skip
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):
@@ -235,33 +255,51 @@ def _run(
 
 
 def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> None:
-    """Make the folder this experiment's, or raise if it is something else's."""
+    """Make the folder this experiment's, or raise, in all processes, if it is something else's."""
     now = describe(experiment)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        record = _record(workdir)
-        if record is None:
-            others = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
-            if others:
-                raise ValueError(
-                    f"{workdir} is not empty and is not the folder of a run: it holds {', '.join(others[:5])}"
-                    f"{', …' * (len(others) > 5)}. Give a new or an empty folder"
-                )
-        elif lines := differences(record["experiment"], now):
-            raise ValueError(
-                f"{workdir} holds another experiment, which differs in {'; '.join(lines[:8])}"
-                f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Start this one in a new folder, or repeat the "
-                "command that made this folder to resume it"
-            )
-        if jax.process_index() == 0:
-            text = {"version": version(), "overrides": list(overrides), "experiment": now}
-            _write(workdir / "experiment.json", json.dumps(text, indent=2) + "\n")
-            if source is not None and source.resolve() != (workdir / "experiment.py").resolve():
-                _write(workdir / "experiment.py", source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(
-            f"cannot write to the work folder {workdir}: {error.strerror or error}. Give one where you may write"
-        ) from error
+    text = json.dumps({"version": version(), "overrides": list(overrides), "experiment": now}, indent=2) + "\n"
+
+    def write() -> None:
+        try:
+            if storage.remote(workdir):
+                storage.retried(lambda: storage.names(workdir), f"reach {workdir}", tell=_say)
+            workdir.mkdir(parents=True, exist_ok=True)
+            if _record(workdir) is None:
+                others = [name for name in storage.names(workdir) if not name.startswith(".")]
+                if others and "experiment.json" not in others:  # which another start may have written just now
+                    raise ValueError(
+                        f"{workdir} is not empty and is not the folder of a run: it holds {', '.join(others[:5])}"
+                        f"{', …' * (len(others) > 5)}. Give a new or an empty folder"
+                    )
+                storage.put(workdir / "experiment.json", text.encode(), new=True)
+            _check_same(workdir, now)
+            storage.put(workdir / "experiment.json", text.encode())
+            if source is not None and source.resolve() != Path(workdir / "experiment.py").resolve():
+                storage.put(workdir / "experiment.py", source.read_bytes())
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the work folder {workdir}: {error.strerror or error}. Give one where you may write"
+            ) from error
+
+    hosts.done_by_first(write)
+    if jax.process_count() > 1:
+        hosts.checked_by_all(lambda: _check_same(workdir, now))
+
+
+def _check_same(workdir: Path, now: Any) -> None:
+    """Raise ValueError unless the folder is that of a run of this experiment."""
+    record = _record(workdir)
+    if record is None:
+        raise ValueError(
+            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there: give a folder that "
+            "all hosts share, or one in a bucket"
+        )
+    if lines := differences(record["experiment"], now):
+        raise ValueError(
+            f"{workdir} holds another experiment, which differs in {'; '.join(lines[:8])}"
+            f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Start this one in a new folder, or repeat the "
+            "command that made this folder to resume it"
+        )
 
 
 def _record(workdir: Path) -> dict[str, Any] | None:
@@ -284,7 +322,5 @@ def _steps_done(folder: Path) -> int:
         return checkpoints.latest() or 0
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

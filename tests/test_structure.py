@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
     {"process", "version", "sharding", "overrides", "signals", "goodput", "divergence"},
-    {"hosts", "storage"},
+    {"gathering", "hosts", "storage"},
+    {"seals"},
     {"checkpoint", "log"},
     {"grids", "net", "losses"},
     {"features", "mixture", "integrators", "networks"},

@@ -1,6 +1,7 @@
 """What training survives: damaged checkpoints, signals, a full disk, being killed."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddistill import checkpoint
+from ddistill import seals
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.cli import commands, main
 from ddistill.log import RunLog, Silent
@@ -153,16 +154,16 @@ def test_the_newest_two_are_kept_and_shares_of_several_processes_make_one_step(t
     step = tmp_path / "4"
     (step / "checksums.0-of-1.json").unlink()
     for part in range(3):
-        assert not checkpoint._is_sealed(step)
-        checkpoint._seal(step, part, 3)
-    assert checkpoint._is_sealed(step) and restored(tmp_path) == 4
+        assert not seals.is_sealed(step)
+        seals.seal(step, part, 3)
+    assert seals.is_sealed(step) and restored(tmp_path) == 4
     flip(largest(step))
-    assert sum(bool(checkpoint._damage(step, part, 2)) for part in range(2)) == 1, "two processes share the reading"
+    assert sum(bool(seals.damage(step, part, 2)) for part in range(2)) == 1, "two processes share the reading"
 
 
-def failing(monkeypatch, times, where="_seal"):
+def failing(monkeypatch, times, where="seal"):
     """Let writing fail so many times, as on a full disk."""
-    kept, calls = getattr(checkpoint, where), []
+    kept, calls = getattr(seals, where), []
 
     def write(*args):
         calls.append(args)
@@ -170,11 +171,11 @@ def failing(monkeypatch, times, where="_seal"):
             raise OSError(28, "No space left on device")
         return kept(*args)
 
-    monkeypatch.setattr(checkpoint, where, write)
+    monkeypatch.setattr(seals, where, write)
     return calls
 
 
-@pytest.mark.parametrize("where", ["_seal", "_remove"])  # in the thread, and before it
+@pytest.mark.parametrize("where", ["seal", "remove"])  # in the thread, and before it
 def test_a_save_that_fails_is_tried_again_and_nothing_saved_is_lost(tmp_path, monkeypatch, where):
     saved(tmp_path, 3)
     failing(monkeypatch, 2, where)
@@ -184,12 +185,13 @@ def test_a_save_that_fails_is_tried_again_and_nothing_saved_is_lost(tmp_path, mo
     assert len(told) == 2 and "step 5 failed and is tried again in 0 s: [Errno 28] No space left" in told[0]
     assert restored(tmp_path) == 5
     failing(monkeypatch, 99, where)
-    with Checkpoints(tmp_path, pauses=(0, 0), tell=told.append) as checkpoints:
-        words = r"cannot save step 7 .* in 3 tries: .*No space left.*still there: \[3, 5\]. Make room"
+    with Checkpoints(tmp_path, pauses=(0, 0), patience=0, tell=told.append) as checkpoints:
+        words = r"cannot save step 7 .* in 4 tries: .*No space left.*still there: \[3, 5\]. Make room"
         with pytest.raises(CheckpointError, match=words):
             checkpoints.save(7, tree(7), wait=True)
+    assert re.search(r"in 3 tries: .*Make room.*: the state is kept in memory for one more try in 0 s", told[-1])
     assert restored(tmp_path) == 5
-    if where == "_seal":
+    if where == "seal":
         assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "5"], "what fills the disk is not left there"
 
 

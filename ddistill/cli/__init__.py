@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+from ddistill.hosts import Peers, join, leaving_lost_peers
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Quickstart:
     """The folder to write; started again in the same one, it resumes."""
     seed: int = 0
     """Of initial weights, batches and noise."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Distill:
     """Train nothing: build all of it with shapes alone, trace its steps, and print networks, memory and batches."""
     devices: Annotated[int | None, arg(metavar="INT")] = None
     """With --dry-run, the number of devices to plan for, by default those that are here."""
+    profile: Annotated[str | None, arg(metavar="FIRST:END")] = None
+    """Write a profiler's trace of these steps of each stage to DIR/profile: 10:15 are steps 10 to 14, from 0 on."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Sample:
     """The guidance scale, for students that take one; 1 is none."""
     teacher: bool = False
     """Sample from the teacher, with DPM-Solver++(2M), and not from the student."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ class Evaluate:
     """Add the negative log-likelihood of samples under the teacher, in bits per pixel; about a minute more."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the table there as well."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class Pairs:
     """Of noise and labels."""
     shard_size: int = 4096
     """Pairs in a file."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ class Encode:
     """Images encoded at a time."""
     shard_size: int = 1024
     """Images in a file."""
+    peers: Peers = field(default_factory=Peers)
 
 
 @dataclass(frozen=True)
@@ -279,9 +289,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _cache_compilations()
     _enough_threads()
     try:
+        peers: Peers | None = getattr(command, "peers", None)
+        if peers is not None and not getattr(command, "dry_run", False) and not {"-h", "--help"} & set(flags):
+            join(peers)
         from ddistill.cli import commands
 
-        commands.run(command, flags)
+        with leaving_lost_peers():
+            commands.run(command, flags)
         return 0
     except KeyboardInterrupt as stopped:
         print(f"\nInterrupted{f': {stopped}' * bool(str(stopped))}. {_how_to_go_on(command)}", file=sys.stderr)
@@ -349,6 +363,6 @@ def _how_to_go_on(command: Command) -> str:
 def _in_words(error: Exception) -> bool:
     """Whether the error's message is meant for users."""
     from ddistill.checkpoint import CheckpointError
-    from ddistill.stages import DivergedError
+    from ddistill.divergence import DivergedError
 
     return isinstance(error, ValueError | OSError | ImportError | CheckpointError | DivergedError)

@@ -1,0 +1,330 @@
+"""The processes that run one command together: how they find each other, which of them writes, what they agree on.
+
+Nothing slow is imported until processes are joined.
+"""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from tyro.conf import arg
+
+from ddistill.signals import RESTART
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes that run this command together, one on each host.
+
+    On TPU pods, under SLURM's srun, Open MPI's mpirun and in Kubernetes' indexed jobs they find each other.
+    """
+
+    processes: Annotated[int | None, arg(metavar="INT")] = None
+    """Their number; 1 runs alone where others would be found. DDISTILL_PROCESSES in the environment says it too."""
+    process: Annotated[int | None, arg(metavar="INT")] = None
+    """The number of this one, from 0 on, where no launcher says it. DDISTILL_PROCESS in the environment."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Where process 0 is reached by all: a free port of its host. DDISTILL_COORDINATOR in the environment."""
+    join_timeout: Annotated[int, arg(metavar="SECONDS")] = 300
+    """How long to wait for the others to start."""
+    heartbeat: Annotated[int, arg(metavar="SECONDS")] = 60
+    """After how long without a sign of life another process counts as dead, which ends all of them."""
+
+
+class Cluster(NamedTuple):
+    """What `jax.distributed.initialize` is to be told; without an address JAX asks the cluster itself."""
+
+    name: str
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    devices: list[int] | None = None
+
+
+def found(peers: Peers, environment: Mapping[str, str]) -> Cluster | None:
+    """The cluster that flags, DDISTILL_* or a launcher's variables tell of; None where the process is alone.
+
+    Raises ValueError where they are incomplete or contradict each other.
+    """
+    processes = _number("processes", peers.processes, environment)
+    process = _number("process", peers.process, environment)
+    coordinator = peers.coordinator or environment.get("DDISTILL_COORDINATOR")
+    if processes == 1:
+        return None
+    launched = _slurm(environment) or _open_mpi(environment)
+    if (processes, process, coordinator) == (None, None, None):
+        if launched is not None and launched.coordinator is None:
+            raise ValueError(
+                f"{launched.name} started {launched.processes} processes and does not say where the first one is: give "
+                "--coordinator HOST:PORT (or DDISTILL_COORDINATOR), or --processes 1 to run each alone"
+            )
+        return launched or _asked_by_jax(environment)
+    known = launched or Cluster("the flags", process=_job_index(environment))
+    processes = known.processes if processes is None else processes
+    process = known.process if process is None else process
+    coordinator = known.coordinator if coordinator is None else coordinator
+    given = {"--processes": processes, "--process": process, "--coordinator": coordinator}
+    missing = [flag for flag, value in given.items() if value is None]
+    if missing or processes is None or process is None or coordinator is None:
+        raise ValueError(
+            f"to join processes by hand give --processes, --process and --coordinator; missing: {', '.join(missing)}"
+        )
+    if processes < 1 or not 0 <= process < processes:
+        raise ValueError(f"--process {process} of --processes {processes}: processes are numbered from 0 on")
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):\d+", coordinator):
+        raise ValueError(f"--coordinator {coordinator}: give HOST:PORT, such as 10.0.0.2:8476")
+    return Cluster(known.name, coordinator, processes, process, known.devices)
+
+
+def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
+    """Join the processes of this command, if there are others; answers whether it did. Call it before JAX is used.
+
+    Where peers are missing for `join_timeout` seconds the process ends, with status 75, which asks for another try:
+    JAX, whose client aborts the process, leaves no other way. Raises ValueError as `found`.
+    """
+    import jax
+
+    cluster = found(peers, os.environ if environment is None else environment)
+    if cluster is None or jax.distributed.is_initialized():
+        return cluster is not None
+
+    def missing() -> None:
+        print(_missing(cluster, peers.join_timeout), file=sys.stderr, flush=True)
+        os._exit(RESTART)
+
+    options: dict[str, Any] = {}
+    if cluster.coordinator is not None:
+        options = {
+            "coordinator_address": cluster.coordinator, "num_processes": cluster.processes,
+            "process_id": cluster.process, "local_device_ids": cluster.devices,
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+    timer = threading.Timer(peers.join_timeout, missing)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=peers.join_timeout + 60, heartbeat_timeout_seconds=peers.heartbeat,
+            shutdown_timeout_seconds=max(60, peers.heartbeat), **options,
+        )  # fmt: skip
+        jax.device_count()  # the devices of all are made known to all, which waits for all
+    except ValueError as error:  # of a cluster that JAX does not see as one
+        if cluster.coordinator is not None or "should be defined" not in str(error):
+            raise
+        return False
+    finally:
+        timer.cancel()
+    return True
+
+
+def first() -> bool:
+    """Whether this process writes what only one may write."""
+    import jax
+
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def done_by_first(work: Callable[[], None]) -> None:
+    """Let process 0 do something while the others wait; all raise where it failed: OSError or ValueError, in its words.
+
+    What it wrote before can then be read by all who share the file system.
+    """
+    import jax
+
+    checked_by_all(lambda: work() if jax.process_index() == 0 else None)
+
+
+def checked_by_all(check: Callable[[], None]) -> None:
+    """Call it in all processes, each of which waits for the others and raises what it or the first other one raised.
+
+    OSError stays one, what others raised is ValueError besides, in the same words.
+    """
+    failure: Exception | None = None
+    try:
+        check()
+    except Exception as error:
+        failure = error
+    told = said_by_all("" if failure is None else f"{'O' if isinstance(failure, OSError) else 'V'}{failure}")
+    if failure is not None:
+        raise failure
+    for words in filter(None, told):
+        raise (OSError if words[0] == "O" else ValueError)(words[1:])
+
+
+def said_by_all(text: str) -> list[str]:
+    """What each process says, in all processes, all of which call this."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [text]
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    content = text.encode()[:4000]
+    row = np.zeros(4002, np.uint8)  # of one shape, whatever is said, so that it is compiled once
+    row[:2] = divmod(len(content), 256)
+    row[2 : 2 + len(content)] = np.frombuffer(content, np.uint8)
+    rows = np.asarray(process_allgather(row))
+    return [bytes(r[2 : 2 + int(r[0]) * 256 + int(r[1])]).decode(errors="ignore") for r in rows]
+
+
+def in_any(value: bool) -> bool:
+    """Whether it is so in any of the processes, all of which call this."""
+    return any(said_by_all("1" if value else ""))
+
+
+@contextmanager
+def leaving_lost_peers() -> Iterator[None]:
+    """End the process with status 75 and words where an error within means that another process is gone.
+
+    Python's own end would wait for the one that is lost.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lost_peer(error):
+            raise
+        print(
+            f"ddistill: another process of this run is gone ({str(error).strip().splitlines()[0][:200]}). Start all "
+            "of them again: they go on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        sys.stdout.flush()
+        os._exit(RESTART)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of JAX, or one that it caused, means that the connection to another process broke."""
+    import jax
+
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return False
+    chain: BaseException | None = error
+    seen = set[int]()
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        if isinstance(chain, jax.errors.JaxRuntimeError) and re.search(_LOST, str(chain)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+_LOST = (
+    r"(?i)connection (closed|reset|refused)|broken pipe|UNAVAILABLE|DEADLINE_EXCEEDED|socket closed|timed out"
+    r"|heartbeat|another task died|coordination service"
+)
+
+
+def _missing(cluster: Cluster, seconds: int) -> str:
+    if cluster.coordinator is None:
+        return f"ddistill: after {seconds} s not all processes of {cluster.name} had started this command: it has to "
+        "run on every host at once"
+    if cluster.process == 0:
+        who = f"process 0 waits at {cluster.coordinator} for {(cluster.processes or 1) - 1} others, and not all came"
+    else:
+        who = (
+            f"process {cluster.process} of {cluster.processes} waits for process 0 at {cluster.coordinator}, which is "
+            "not there, or waits for others"
+        )
+    return (
+        f"ddistill: after {seconds} s {who}. Start the command with the same --processes and --coordinator and numbers "
+        f"from 0 to {(cluster.processes or 1) - 1} everywhere, see that the port is open between the hosts, or wait "
+        "longer with --join-timeout"
+    )
+
+
+def _number(name: str, flag: int | None, environment: Mapping[str, str]) -> int | None:
+    variable = f"DDISTILL_{name.upper()}"
+    if flag is not None or not (text := environment.get(variable)):
+        value, what = flag, f"--{name}"
+    elif not text.strip().isdigit():
+        raise ValueError(f"{variable}={text}: a whole number is wanted")
+    else:
+        value, what = int(text), variable
+    if name == "processes" and value is not None and value < 1:
+        raise ValueError(f"{what} {value}: at least 1 is needed")
+    return value
+
+
+def _slurm(environment: Mapping[str, str]) -> Cluster | None:
+    """The tasks of a step that srun started; a batch script and an interactive shell are not such tasks."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if any(name not in environment for name in names):
+        return None
+    job, nodes, tasks, process, local = (environment[name] for name in names)
+    if int(tasks) < 2:
+        return None
+    # node[001-015,17],other: the first name within the first brackets.
+    host = re.sub(r"^([^,\[]*)\[([^,\-\]]+).*$", r"\1\2", nodes).partition(",")[0]
+    step = environment.get("SLURM_STEP_ID", "0")
+    port = 61440 + (int(job) + 97 * (int(step) if step.isdigit() else 0)) % 4096
+    here = _tasks_on_each(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return Cluster("SLURM", f"{host}:{port}", int(tasks), int(process), _devices(int(local), here, environment))
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
+    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    if any(name not in environment for name in names) or int(environment[names[0]]) < 2:
+        return None
+    count, process, local = (int(environment[name]) for name in names)
+    here = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "2"))
+    # Of the form 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; only Open MPI before 5 says where it is.
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
+    address = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
+    host, port = None, 61440
+    if address is not None:
+        host = address[1] or f"[{address[2]}]"
+        port += int(uri.partition(".")[0]) // 4096 % 4096
+    elif here == count:
+        host = "localhost"
+        port += sum(map(ord, environment.get("PMIX_NAMESPACE", ""))) * 31 % 4096
+    coordinator = None if host is None else f"{host}:{port}"
+    return Cluster("Open MPI", coordinator, count, process, _devices(local, here, environment))
+
+
+def _asked_by_jax(environment: Mapping[str, str]) -> Cluster | None:
+    """A TPU pod or a job of Kubernetes, whose processes JAX asks their servers for."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    named = any(name in environment for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+    # Importing JAX sets TPU_SKIP_MDS_QUERY where there is no TPU.
+    chips = named or "TPU_SKIP_MDS_QUERY" not in environment
+    if (not platforms or "tpu" in platforms) and chips and find_spec("libtpu") is not None:
+        return Cluster("the TPU pod")
+    if "KUBERNETES_SERVICE_HOST" in environment and _job_index(environment) is not None:
+        if find_spec("kubernetes") is None:
+            raise ValueError(
+                "this is an indexed job of Kubernetes, whose processes JAX finds with the package kubernetes: "
+                'pip install "jax[k8s]"; or give --processes and --coordinator (DDISTILL_PROCESSES, '
+                "DDISTILL_COORDINATOR), or --processes 1 to run each alone"
+            )
+        return Cluster("the Kubernetes job")
+    return None
+
+
+def _job_index(environment: Mapping[str, str]) -> int | None:
+    index = environment.get("JOB_COMPLETION_INDEX", "")
+    return int(index) if index.isdigit() else None
+
+
+def _tasks_on_each(text: str) -> int:
+    """The largest number in SLURM's list of tasks on each node, such as 2(x3),1."""
+    return max((int(n) for n in re.findall(r"(?:^|,)(\d+)", text)), default=1)
+
+
+def _devices(local: int, here: int, environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of one of several processes on a host; None for all that it sees.
+
+    One each where all processes see all of them; those that a launcher bound to some keep these.
+    """
+    visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    if here < 2 or 0 < len(visible) < here:
+        return None
+    return [local]
