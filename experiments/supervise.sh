@@ -10,7 +10,7 @@ Keep a run going on this machine.
   bash experiments/supervise.sh start RUN [--restarts N] [--pause SECONDS] -- COMMAND...
       run COMMAND in the background, here, with its output in a log, and begin it anew when it ends before it is done:
         exit status 0      it is done
-        75 (EX_TEMPFAIL)   it was told to leave and has saved: begun again at once, as often as it happens
+        75 (EX_TEMPFAIL)   it was told to leave and has saved, or others of its run are gone: begun again, however often
         2                  it was asked for something impossible: its words are in the log, and it is not begun again
         130                it was interrupted by hand: not begun again
         any other          it crashed: begun again after a pause of 5 s, then 10, 20, ... at most 300 s, until it has
@@ -48,7 +48,7 @@ is_count() {
 
 # A supervisor holds a lock, which the kernel drops when it is gone, however it went.
 alive() {
-    [[ -e $runs/$1/lock ]] && ! flock --nonblock "$runs/$1/lock" true
+    [[ -e $runs/$1/lock ]] && ! flock --shared --nonblock "$runs/$1/lock" true
 }
 
 state_of() {
@@ -102,10 +102,10 @@ start() {
 
 # loop RUN RESTARTS PAUSE COMMAND...: the supervisor, in the foreground.
 loop() {
-    local folder=$runs/$1 restarts=$2 pause=$3 crashes=0 begun=0 since status heard pid wait_for
+    local folder=$runs/$1 restarts=$2 pause=$3 crashes=0 begun=0 wait_for=0 since status heard pid
     shift 3
     exec 9>>"$folder/lock"
-    flock --nonblock 9 || { note 'another supervisor runs this already'; exit 1; }
+    flock --timeout 10 9 || { note 'another supervisor runs this already'; exit 1; }
     # SIGTERM of a machine that is shut down reaches the run as well, and ddistill takes a second one as "at once": it
     # is not passed on.
     leaving=0 heard=0
@@ -131,12 +131,12 @@ loop() {
         if [[ $status == 2 ]]; then ending failed 'not begun again: the command cannot be carried out' 1; fi
         if ((leaving)); then note 'this machine goes down; not begun again'; exit 75; fi
         if [[ $status == 75 ]]; then
-            crashes=0 wait_for=0
+            crashes=0 wait_for=$((SECONDS - since < 30 ? pause : 0))
         else
             if ((SECONDS - since >= 600)); then crashes=0; fi
             crashes=$((crashes + 1))
             if ((crashes > restarts)); then ending failed "crashed $crashes times in a row: given up" 1; fi
-            wait_for=$((crashes > 7 ? 300 : pause * 2 ** (crashes - 1)))
+            if ((crashes == 1)); then wait_for=$pause; else wait_for=$((2 * wait_for)); fi
             if ((wait_for > 300)); then wait_for=300; fi
             note "crash $crashes of at most $restarts in a row: begun again in $wait_for s"
         fi
