@@ -9,7 +9,7 @@ A file is safetensors or of torch.save; nothing is downloaded, and no code in a 
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from ddistill.hub.pickles import checkpoint_tensors
 from ddistill.hub.tensors import open_tensors
 from ddistill.hub.vision import vision_params
 from ddistill.hub.weights import params_from
+from ddistill.losses.distances import LPIPS
 from ddistill.net import Definition, split
 from ddistill.networks.inception import InceptionConfig, InceptionV3
 from ddistill.networks.layers import rngs_of
 from ddistill.networks.preprocess import Preprocessing, clean, dgm_eval, openai_clip
+from ddistill.networks.vgg import Convolutions, ConvolutionsConfig
 from ddistill.networks.vit import CLIP, DINOV2, VisionTransformer, ViTConfig
 
 Network = InceptionConfig | ViTConfig
@@ -106,6 +108,46 @@ def random_features(
     return _features(network, code, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, preprocessing)
 
 
+def load_lpips(
+    network: ConvolutionsConfig,
+    path: Path | str,
+    heads: Path | str,
+    *,
+    size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> LPIPS:
+    """LPIPS on VGG16 or AlexNet, with the weights of published files.
+
+    path: torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth. heads: weights/v0.1/vgg.pth or alex.pth in the
+    package lpips. size: what images are brought to. Gradients flow through the images. Raises ValueError that lists all
+    tensors that are missing, not expected or of another shape, and as `read_tensors`.
+    """
+    code, shapes = _definition(network, dtype)
+    body = {name: t for name, t in read_tensors(path).items() if not name.startswith("classifier.")}
+    last = {
+        f"lin{i}.model.1.kernel": jax.ShapeDtypeStruct((1, 1, c, 1), "float32") for i, c in enumerate(network.widths)
+    }
+    weights = params_from(read_tensors(heads), last)
+    return _lpips(code, params_from(body, shapes), [weights[name].reshape(-1) for name in last], size)
+
+
+def random_lpips(network: ConvolutionsConfig, *, size: int | None = None, seed: int = 0) -> LPIPS:
+    """LPIPS on a network with random weights, of heads that are not negative: to try things without files."""
+    code, shapes = _definition(network, jnp.float32)
+    draw = np.random.default_rng(seed)
+    heads = [draw.uniform(0, 2 / width, width).astype(np.float32) for width in network.widths]
+    return _lpips(code, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, heads, size)
+
+
+def _lpips(code: Definition, params: Mapping[str, Any], heads: Sequence[np.ndarray], size: int | None) -> LPIPS:
+    arrays = {path: jnp.asarray(array) for path, array in params.items()}
+    return LPIPS(jax.tree_util.Partial(_maps, code, arrays), tuple(map(jnp.asarray, heads)), size)
+
+
+def _maps(code: Definition, params: dict[str, Array], x: Array) -> tuple[Array, ...]:
+    return code(params, {})(x)
+
+
 def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
     """The tensors in a file by name: safetensors, or torch.save's (.pth, .pt, .bin) with nothing in it executed.
 
@@ -144,7 +186,7 @@ def digest_of(params: Mapping[str, Any]) -> str:
     return total.hexdigest()[:32]
 
 
-def _definition(network: Network, dtype: Any) -> tuple[Definition, dict[str, Any]]:
+def _definition(network: Network | ConvolutionsConfig, dtype: Any) -> tuple[Definition, dict[str, Any]]:
     """A network's code, and the shapes of its parameters."""
     make = _MODULES[type(network)]
     shapes, _, code = split(nnx.eval_shape(lambda: make(network, dtype=dtype, rngs=rngs_of(0))))
@@ -172,4 +214,6 @@ def _reference(network: Network) -> Preprocessing:
     return openai_clip(network.image) if network.clip else dgm_eval()
 
 
-_MODULES: dict[type, Callable[..., nnx.Module]] = {InceptionConfig: InceptionV3, ViTConfig: VisionTransformer}
+_MODULES: dict[type, Callable[..., nnx.Module]] = {
+    InceptionConfig: InceptionV3, ViTConfig: VisionTransformer, ConvolutionsConfig: Convolutions
+}  # fmt: skip

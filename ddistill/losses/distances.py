@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -72,3 +73,44 @@ class Perceptual:
         l2 = L2()
         maps = zip(self.features(a), self.features(b), strict=True)
         return self.pixel * l2(a, b) + sum((l2(f, g) for f, g in maps), jnp.zeros(a.shape[0]))
+
+
+LPIPS_MEAN, LPIPS_SPREAD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""What LPIPS' networks see is (x − mean)/spread: ImageNet's, of images in [−1, 1]."""
+
+
+@dataclass(frozen=True, eq=False)  # two of them are equal only as one object: arrays have no hash
+class LPIPS:
+    """Learned perceptual distance of images [B, H, W, 3] in [−1, 1] (Zhang et al. 2018, eq. 1; its version 0.1).
+
+    At every pixel of every map of `features` the channels become unit vectors, whose squared differences are summed
+    with the weights of `heads`; pixels are averaged and maps summed. features: a pure function from normalised images
+    to maps [B, h, w, C]. heads: [C] for each. size: images are brought to size × size first, as small ones need it (224
+    in Song et al. 2023). `hub.features.load_lpips` makes one of published weights.
+    """
+
+    features: Callable[[Array], tuple[Array, ...]]
+    heads: tuple[Array, ...]
+    size: int | None = None
+
+    def __call__(self, a: Array, b: Array) -> Array:
+        """a, b: [B, H, W, 3] -> [B]. Raises ValueError for other shapes."""
+        if a.shape != b.shape or a.ndim != 4 or a.shape[3] != 3:
+            raise ValueError(f"LPIPS compares images [B, H, W, 3]; given {list(a.shape)} and {list(b.shape)}")
+        total = jnp.zeros(len(a))
+        for f, g, head in zip(self._maps(a), self._maps(b), self.heads, strict=True):
+            total = total + jnp.mean((_unit(f) - _unit(g)) ** 2 @ head, axis=(1, 2))
+        return total
+
+    def _maps(self, x: Array) -> tuple[Array, ...]:
+        x = x.astype(jnp.float32)
+        if self.size is not None:
+            x = jax.image.resize(x, (len(x), self.size, self.size, 3), "linear", antialias=False)
+        return self.features((x - jnp.asarray(LPIPS_MEAN)) / jnp.asarray(LPIPS_SPREAD))
+
+
+def _unit(x: Array) -> Array:
+    """Vectors along the last axis as unit vectors; 0, with no gradient, where all channels are."""
+    squared = jnp.sum(x**2, axis=-1, keepdims=True)
+    some = squared > 0
+    return jnp.where(some, x / (jnp.sqrt(jnp.where(some, squared, 1.0)) + 1e-10), 0.0)
