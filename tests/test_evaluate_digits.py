@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddistill import quickstart
-from ddistill.cli import commands, main
+from ddistill.cli import evaluate as evaluate_command
+from ddistill.cli import main
 from ddistill.data import load_digits
 from ddistill.evaluate.digits import Sampler, evaluate
 from ddistill.integrators import Solution
@@ -58,9 +59,10 @@ def test_the_likelihood_adds_noise_that_has_nothing_to_do_with_the_samples():
 def test_evaluate_asks_the_teacher_how_likely_samples_are_where_told_to(tmp_path, capsys, monkeypatch):
     asked = []
     opened = SimpleNamespace(experiment=quickstart.experiment(), teacher="the teacher", student=None)
-    monkeypatch.setattr(commands, "open_run", lambda run: opened)
-    monkeypatch.setattr(commands, "_samplers", lambda opened, steps: [])
-    monkeypatch.setattr(commands.judged, "bits_per_dimension", lambda *a, key: asked.append(a) or 2.345)
+    monkeypatch.setattr(evaluate_command, "open_run", lambda run: opened)
+    monkeypatch.setattr(evaluate_command, "samplers_of", lambda opened, steps: [])
+    monkeypatch.setattr(evaluate_command, "steps_of", lambda opened, steps: [1])
+    monkeypatch.setattr(evaluate_command.judged, "bits_per_dimension", lambda *a, key: asked.append(a) or 2.345)
     file = tmp_path / "table.json"
     assert main(["evaluate", "run", "--json", str(file)]) == 0
     told = capsys.readouterr().out

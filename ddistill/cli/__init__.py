@@ -118,15 +118,54 @@ class Export:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge the teacher and the student of a run on digits, and print the table of the quickstart."""
+    """Judge the teacher and the student of a run: quality, variety and speed, beside real images as the floor.
+
+    Runs on digits are judged by their pixels, with the table of the quickstart. With --features any run whose samples
+    are images, or latents of them, is judged by networks' features: FID and the like. A command that was cut off goes
+    on from the last row when it is repeated.
+    """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run's folder."""
-    steps: tuple[int, ...] = (1, 2, 4)
-    """Numbers of sampling steps, of the student and of the teacher beside it."""
+    steps: Annotated[tuple[int, ...] | None, arg(metavar="INT INT …")] = None
+    """Numbers of sampling steps, of the student and of the teacher beside it; by default those of 1, 2, 4 and 8 that
+    the student serves."""
+    features: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NETWORK=FILE")] = ()
+    """Published weights of a network, a file or a model's folder: inception=pt_inception-2015-12-05-6726825d.pth,
+    clip-vit-l-14-336=model.safetensors, dinov2-vit-l-14=dinov2_vitl14_pretrain.pth. Once for each network."""
+    metrics: Annotated[str | None, arg(metavar="fid,kid,…")] = None
+    """fid, sfid, kid, is, precision, recall, density and coverage (Inception), fd_dinov2 (DINOv2), cmmd (CLIP); by
+    default all that the networks allow."""
+    reference: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Real images: a folder, tar files, .npy or .npz with bytes, or statistics, .npz of this command or in the format
+    of ADM and EDM; by default the run's data."""
+    crop: bool = False
+    """Cut larger reference images to their middle square, and resize them, as for training."""
+    samples: Annotated[int | None, arg(metavar="INT")] = None
+    """Samples of each sampler: 50,000 by default, 2,000 for the pixels of digits."""
+    batch_size: int = 64
+    """Samples at a time, on all devices together."""
+    seed: int = 0
+    """Of noise, conditions and random subsets."""
+    teacher_steps: int = 18
+    """Steps of the teacher's usual sampler."""
+    integrator: Literal[
+        "ddim", "deis", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_3s", "euler", "heun", "rk4", "unipc",
+    ] = "heun"  # fmt: skip
+    """The teacher's usual sampler; with as few steps as the student it is sampled by DPM-Solver++(2M)."""
+    models: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """The autoencoder that decodes latents, its folder or its pipeline's; by default the data's or the teacher's."""
+    resize: Literal["clean", "pytorch-fid", "tensorflow"] | None = None
+    """How images are resized for Inception: as Clean-FID does, by default, or as pytorch-fid or the first FID, that of
+    ADM's and EDM's statistics and the default beside these. Numbers of different ways do not compare."""
     likelihood: bool = False
-    """Add the negative log-likelihood of samples under the teacher, in bits per pixel; about a minute more."""
+    """On digits, add the negative log-likelihood of samples under the teacher, in bits per pixel: a minute more."""
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """The folder of rows.jsonl, table.json, table.csv and the reference's statistics; RUN/evaluation by default with
+    --features, and none for digits."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the table there as well."""
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the table there as well."""
     peers: Peers = field(default_factory=Peers)
 
@@ -157,6 +196,30 @@ class Bench:
     """Write the rows there, anew after each one; a method whose rows it has already is not measured again."""
     page: Annotated[Path | None, arg(metavar="FILE.md")] = None
     """Write all rows, those that --json had included, as a page of tables."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page on runs, or on rows of the benchmark: tables, samples from the same noise, plots, commands.
+
+    The page is one file that opens from disk and asks for nothing else. Needs the extra `report`.
+    """
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN|ROWS.json")]
+    """Folders of runs, folders of such folders, and files of rows that bench, evaluate and compare wrote. Results that
+    `ddistill evaluate RUN --json RUN/evaluate.json` left in a run's folder are its table."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("report")
+    """The folder of the page, index.html."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of sampling steps of the samples; those that a student does not serve are left out."""
+    samples: int = 36
+    """Images of each sampler and number of steps; of data in two dimensions twelve times as many points."""
+    seed: int = 0
+    """Of the noise, the same for all."""
+    limit: float = 24.0
+    """The most that samples may take, in megabytes; where they would take more, fewer are shown, and the page says so."""
+    title: str = ""
+    """The page's title."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +335,7 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Bench, subcommand("bench")]
 )
@@ -355,6 +419,8 @@ def _how_to_go_on(command: Command) -> str:
         return "The same command goes on from the last checkpoint."
     if isinstance(command, Pairs | Encode):
         return "The same command goes on from the last whole shard."
+    if isinstance(command, Evaluate) and (command.features or command.out is not None):
+        return "The same command goes on after the last row."
     if isinstance(command, Bench) and command.json is not None:
         return f"The rows that were done are in {command.json}."
     return "Nothing was kept."

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ddistill import integrators
+from ddistill import integrators, storage
 from ddistill import quickstart as quickstart_experiment
 from ddistill.cli import (
     Bench,
@@ -32,15 +31,18 @@ from ddistill.cli import (
     Methods,
     Pairs,
     Quickstart,
+    Report,
     Sample,
 )
-from ddistill.config import DigitsData, Imported
-from ddistill.data.digits import Digits, load_digits
+from ddistill.cli.evaluate import digits_of, evaluate, judge_digits, samplers_of
+from ddistill.cli.output import cell, say, screen, write_json
+from ddistill.config import Imported
 from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
-from ddistill.evaluate.samplers import Sampler, samplers, start, student_sampler, teacher_sampler
+from ddistill.evaluate.samplers import across, start, student_sampler, teacher_sampler
+from ddistill.hosts import first
 from ddistill.integrators import dpmpp_2m
 from ddistill.lora import low_rank
 from ddistill.methods import METHODS
@@ -48,6 +50,7 @@ from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
+from ddistill.sharding import make_mesh
 from ddistill.signals import on_signals
 
 Row = dict[str, Any]
@@ -76,6 +79,10 @@ def run(command: Command, flags: Sequence[str]) -> None:
             evaluate(command)
         case Compare():
             compare(command)
+        case Report():
+            from ddistill.cli.report import report
+
+            report(command)
         case Methods():
             methods()
         case Bench():
@@ -88,20 +95,22 @@ def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
     overrides = [*flags, "--seed", str(command.seed)]
     experiment = load_experiment(source, overrides, prog="ddistill quickstart")
     out = command.out
-    _say(f"Training a teacher on scanned digits and distilling it, in {out}/")
+    say(f"Training a teacher on scanned digits and distilling it, in {out}/")
     with on_signals() as stop:
         distil(experiment, out, source=source, overrides=overrides, stop=stop)
     opened = open_run(out)
-    digits = _digits(opened)
-    plan = _samplers(opened, (1, 2, 4))
-    _judge(digits, opened, plan, out / "metrics.json")
+    digits = digits_of(opened)
+    plan = samplers_of(opened, (1, 2, 4))
+    judge_digits(digits, opened, plan, json=out / "metrics.json")
     sheet = judged.sheet(digits, opened.experiment.process, plan)
+    if not first():
+        return
     save_sample_sheet(out / "samples.png", sheet)
     curves = {}
     for stage, rows in read_metrics(out).items():
         curves[stage] = ([row["step"] for row in rows], [row["student/loss"] for row in rows])
     save_loss_plot(out / "loss.png", curves)
-    _say(f"Wrote {out}/samples.png, metrics.json, loss.png. More samples: ddistill sample {out} --out more.png")
+    say(f"Wrote {out}/samples.png, metrics.json, loss.png. More samples: ddistill sample {out} --out more.png")
 
 
 def import_(command: Import) -> None:
@@ -110,7 +119,7 @@ def import_(command: Import) -> None:
 
     made = import_teacher(command.source, command.to, command.variant, command.revision, command.original)
     where, output = type(made.process.schedule).__name__, type(made.precondition).__name__.removesuffix("Precondition")
-    _say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
+    say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
 
 
 def distill(command: Distill, flags: Sequence[str]) -> None:
@@ -121,10 +130,10 @@ def distill(command: Distill, flags: Sequence[str]) -> None:
         return _tell(experiment.name, dry_run(experiment, command.devices))
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
-    workdir = Path("runs") / experiment.name if command.workdir is None else command.workdir
+    workdir = storage.folder(Path("runs") / experiment.name if command.workdir is None else command.workdir)
     with on_signals() as stop:
         distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop, profile=profile)
-    _say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
+    say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
 
 
 def _steps(text: str) -> range:
@@ -137,7 +146,7 @@ def _steps(text: str) -> range:
 
 def _tell(name: str, done: DryRun) -> None:
     """Print what a run would be."""
-    console = _console()
+    console = screen()
     for note in done.notes:
         console.print(f"Not there: {note}", highlight=False, markup=False)
     for stage in done.stages:
@@ -170,7 +179,7 @@ def pairs(command: Pairs) -> None:
     experiment, data = opened.experiment, opened.data
     first = student_stages(experiment, data)[0]
     process = first.method.process or experiment.process
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=Console(stderr=True), disable=not (first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("pairs", total=None)
         made = write_pairs(
             command.out, first.enter(first.guide(opened.teacher)), process, jax.random.key(command.seed),
@@ -179,7 +188,7 @@ def pairs(command: Pairs) -> None:
             report=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     store = open_pairs(command.out)
-    _say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")
+    say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")
 
 
 def encode(command: Encode) -> None:
@@ -189,7 +198,7 @@ def encode(command: Encode) -> None:
     from ddistill.data.loading import told
     from ddistill.datasets import encode_images
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=Console(stderr=True), disable=not (first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("encode", total=None)
         done = encode_images(
             command.data, command.to, command.models, command.size, classes=not command.flat, prompts=command.prompts,
@@ -198,8 +207,8 @@ def encode(command: Encode) -> None:
             report=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     if words := told(done.skipped):
-        _say(words)
-    _say(f"{done.records} images in {command.to}, {done.shards} files made now: data=LatentFolder({str(command.to)!r})")
+        say(words)
+    say(f"{done.records} images in {command.to}, {done.shards} files made now: data=LatentFolder({str(command.to)!r})")
 
 
 def sample(command: Sample) -> None:
@@ -223,7 +232,9 @@ def sample(command: Sample) -> None:
     else:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
-    x = np.asarray(sampler.draw(noise, labels, key).x)
+    x = np.asarray(across(sampler, make_mesh(experiment.fsdp)).draw(noise, labels, key).x)
+    if not first():
+        return
     command.out.parent.mkdir(parents=True, exist_ok=True)
     if command.out.suffix == ".png":
         _save_picture(command.out, data.to_unit(x))
@@ -231,7 +242,7 @@ def sample(command: Sample) -> None:
         np.savez(command.out, x=x)
     else:
         np.savez(command.out, x=x, labels=np.asarray(labels))
-    _say(f"{command.n} samples in {command.out}")
+    say(f"{command.n} samples in {command.out}")
 
 
 def invert(command: Invert) -> None:
@@ -266,7 +277,7 @@ def invert(command: Invert) -> None:
         f"round trip of {len(x)} inputs by the {inverter.name}: root-mean-square {miss:.4g}, "
         f"{miss / float(np.std(x)):.3g} of their standard deviation; the noise has {spread:.3f} of its size"
     )
-    _say(f"Wrote {command.out}")
+    say(f"Wrote {command.out}")
 
 
 def export(command: Export) -> None:
@@ -290,16 +301,9 @@ def export(command: Export) -> None:
     else:
         update, lost = low_rank(student, opened.teacher, command.lora)
         done = export_lora(command.to, student, update, *at, **options)
-        _say(f"What rank {command.lora} leaves out of what was learned is {lost:.2g} of it")
+        say(f"What rank {command.lora} leaves out of what was learned is {lost:.2g} of it")
     call = ", ".join(f"{name}={value}" for name, value in done.call.items())
-    _say(f"Wrote {command.to}: {done.scheduler['_class_name']}, {call}; README.md says how to sample")
-
-
-def evaluate(command: Evaluate) -> None:
-    """Judge a run on digits."""
-    opened = open_run(command.run)
-    digits = _digits(opened)
-    _judge(digits, opened, _samplers(opened, command.steps), command.json, command.likelihood)
+    say(f"Wrote {command.to}: {done.scheduler['_class_name']}, {call}; README.md says how to sample")
 
 
 def compare(command: Compare) -> None:
@@ -310,15 +314,15 @@ def compare(command: Compare) -> None:
     if not command.experiments:
         raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
     experiments = [load_experiment(path) for path in command.experiments]
-    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=_say))
+    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=say))
     files = " ".join(str(path) for path in command.experiments)
-    _write_json(command.out.with_suffix(".json"), {"rows": rows})
+    write_json(command.out.with_suffix(".json"), {"rows": rows})
     picture = command.out.with_suffix(".png")
     lines, references = front(rows)
     trade_off(picture, lines, references=references, title="Digits: students of one teacher, over network calls")
     page = markdown(rows, experiments, f"ddistill compare {files} --out {command.out}", picture.name)
     command.out.write_text(page, encoding="utf-8")
-    _say(f"Wrote {command.out}")
+    say(f"Wrote {command.out}")
 
 
 def methods() -> None:
@@ -327,7 +331,7 @@ def methods() -> None:
     table.add_column("file", min_width=max(len(entry.file) for entry in METHODS.values()))
     for name, entry in METHODS.items():
         table.add_row(name, entry.title, entry.paper, ", ".join(map(str, entry.steps)), entry.file)
-    _console().print(table)
+    screen().print(table)
 
 
 def bench(command: Bench) -> None:
@@ -347,7 +351,7 @@ def bench(command: Bench) -> None:
     for mixture in mixtures:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
     rows = [] if command.json is None else _read_rows(command.json)
-    console = _console()
+    console = screen()
     try:
         with Live(_bench_table(mixtures[0], []), console=console, refresh_per_second=2, transient=True) as live:
             for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs):
@@ -355,17 +359,17 @@ def bench(command: Bench) -> None:
                 mixture = row["mixture"]
                 live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
                 if command.json is not None:
-                    _write_json(command.json, {"rows": rows})
+                    write_json(command.json, {"rows": rows})
                 if not console.is_terminal:
-                    sw2 = _cell(row["sw2"], ".4f")
-                    _say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
+                    sw2 = cell(row["sw2"], ".4f")
+                    say(f"{mixture}: {row['method']}, {row['steps']} steps: sw2 {sw2}, {row['wall_s']:.1f} s")
     finally:
         for mixture in mixtures:
             console.print(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
     if command.page is not None:
         flags = f"--methods {command.methods} --seeds {command.seeds}"
         command.page.write_text(markdown(rows, f"ddistill bench exact {flags}"), encoding="utf-8")
-        _say(f"Wrote {command.page}")
+        say(f"Wrote {command.page}")
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -376,12 +380,6 @@ def _read_rows(path: Path) -> list[Row]:
         return list(json.loads(path.read_text("utf-8"))["rows"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--json {path} is not a file that this command wrote; give another name") from error
-
-
-def _samplers(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
-    experiment = opened.experiment
-    made = experiment.method(experiment.process)
-    return samplers(opened.teacher, opened.student, made, experiment.process, steps)
 
 
 def _check_label(flag: str, label: int, classes: int) -> None:
@@ -415,7 +413,7 @@ def _inputs(opened: Opened, command: Invert) -> tuple[np.ndarray, np.ndarray | N
     if command.n < 1:
         raise ValueError(f"--n {command.n}: the number of inputs must be at least 1")
     if command.input == "digits":
-        digits = _digits(opened)
+        digits = digits_of(opened)
         return digits.held_out_x[: command.n], digits.held_out_labels[: command.n]
     wanted = f"arrays x [N, {', '.join(map(str, shape))}]" + f" and labels [N] from 0 to {classes - 1}" * bool(classes)
     if not zipfile.is_zipfile(command.input):
@@ -438,54 +436,6 @@ def _are_labels(labels: np.ndarray | None, count: int, classes: int) -> bool:
     if labels is None or labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         return False
     return bool(labels.min() >= 0 and labels.max() < classes)
-
-
-def _digits(opened: Opened) -> Digits:
-    data = opened.experiment.data
-    if not isinstance(data, DigitsData):
-        raise ValueError(
-            f"runs on digits can be judged; this one is on {type(data).__name__}: sample it into an .npz file"
-        )
-    return load_digits(data.seed)
-
-
-_TABLE = {
-    "sampler": ("sampler", None),
-    "nfe": ("NFE", "d"),
-    "accuracy": ("accuracy", ".3f"),
-    "frechet": ("Fréchet", ".2f"),
-    "frechet_held_out": ("to held-out", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".2f"),
-    "coverage": ("coverage", ".3f"),
-    "diversity": ("diversity", ".3f"),
-    "nll": ("bits/pixel", ".3f"),
-    "ms_per_image": ("ms/image", ".3f"),
-}
-
-
-def _judge(
-    digits: Digits, opened: Opened, plan: Sequence[Sampler], file: Path | None, likelihood: bool = False
-) -> None:
-    rows: list[Row] = []
-    shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}
-    caption = (
-        "from the same noise and labels; Fréchet, precision, recall, density, coverage against the training scans; "
-        "Fréchet to held-out; diversity within each digit over the scans'"
-    )
-    if likelihood:
-        caption += "; bits/pixel under the teacher, to be read beside those of its own samples and the held-out scans"
-    table = Table(
-        *(title for title, _ in shown.values()), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )  # narrow: twelve columns on one screen
-    teacher = opened.teacher if likelihood else None
-    with Live(table, console=_console(), refresh_per_second=2):
-        for row in judged.evaluate(digits, opened.experiment.process, plan, likelihood=teacher):
-            rows.append(row)
-            table.add_row(*(_cell(row[name], form) for name, (_, form) in shown.items()))
-    if file is not None:
-        _write_json(file, {"rows": rows})
 
 
 _BENCH = {
@@ -517,39 +467,8 @@ def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
         for row in [floor, *rows]:
             sw2, least = row["sw2"], row["floor_sw2"]
             shown = {**row, "sw2/floor": sw2 / least if sw2 is not None and least else None}
-            table.add_row(*(_cell(shown.get(name), form) for name, form in _BENCH.items()))
+            table.add_row(*(cell(shown.get(name), form) for name, form in _BENCH.items()))
     return table
-
-
-def _cell(value: Any, form: str | None) -> str:
-    if value is None:
-        return "–"
-    return str(value) if form is None else format(value, form)
-
-
-def _console() -> Console:
-    # Through a pipe there is no width to ask for, and a table cut at 80 columns is of no use.
-    return Console(width=None if sys.stdout.isatty() else 180)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_picture(x: np.ndarray) -> None:

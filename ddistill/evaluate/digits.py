@@ -7,7 +7,7 @@ training scans, for the label.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ from ddistill.process import Process
 
 Row = dict[str, Any]
 
+FLOOR = "held-out scans (floor)"
+"""The name of the row of scans that no network saw."""
+
 
 def evaluate(
     digits: Digits,
@@ -33,6 +36,7 @@ def evaluate(
     seed: int = 0,
     *,
     likelihood: Net | None = None,
+    have: Collection[tuple[str, int | None]] = (),
 ) -> Iterator[Row]:
     """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, density, … ms_per_image.
 
@@ -40,7 +44,8 @@ def evaluate(
     the floor's distance from them. A sampler far below the floor in `frechet` and not in this has learned its scans.
     diversity is the mean distance between samples of one digit, over that of the training scans. nll: bits per pixel
     under the teacher given as `likelihood`, of the first 256 samples; None without. count: images per sampler, two for
-    each digit at least. Times are those of a second call, without compilation.
+    each digit at least. Times are those of a second call, without compilation. have: the sampler and steps of rows that
+    are there already, and are left out.
     """
     classify = fit_digit_classifier(digits.train_x, digits.train_labels)
     varied = condition_diversity(digits.train_x, digits.train_labels)
@@ -51,10 +56,11 @@ def evaluate(
             return None
         return bits_per_dimension(likelihood, process, x[:256], labels[:256], key=own)
 
-    def row(name: str, nfe: int | None, x, labels, ms: float | None) -> Row:
+    def row(name: str, steps: int | None, nfe: int | None, x, labels, ms: float | None) -> Row:
         near = manifold(digits.train_x, x)
         return {
             "sampler": name,
+            "steps": steps,
             "nfe": nfe,
             "accuracy": classifier_accuracy(classify, x, labels),
             "frechet": frechet(x, digits.train_x) / digits.variance,
@@ -65,14 +71,17 @@ def evaluate(
             "ms_per_image": ms,
         }
 
-    yield row("held-out scans (floor)", None, digits.held_out_x, digits.held_out_labels, None)
+    if (FLOOR, None) not in have:
+        yield row(FLOOR, None, None, digits.held_out_x, digits.held_out_labels, None)
     noise, labels, key = start(process, digits.train_x.shape[1:], digits.num_classes, count, seed)
     for sampler in plan:
+        if (sampler.name, sampler.steps) in have:
+            continue
         solution = jax.block_until_ready(sampler.draw(noise, labels, key))
         begin = time.monotonic()
         jax.block_until_ready(sampler.draw(noise, labels, key))
         ms = 1000 * (time.monotonic() - begin) / count
-        yield row(sampler.name, int(solution.nfe), np.asarray(solution.x), np.asarray(labels), ms)
+        yield row(sampler.name, sampler.steps, int(solution.nfe), np.asarray(solution.x), np.asarray(labels), ms)
 
 
 def sheet(

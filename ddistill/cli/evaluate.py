@@ -1,0 +1,149 @@
+"""`ddistill evaluate` on digits, by their pixels; with networks' features `ddistill.cli.study` does it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.live import Live
+from rich.table import Table
+
+from ddistill.cli import Evaluate
+from ddistill.cli.output import cell, screen, write_json
+from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
+from ddistill.config import DigitsData
+from ddistill.data.digits import Digits, load_digits
+from ddistill.evaluate import digits as judged
+from ddistill.evaluate.samplers import Sampler, samplers, student_sampler
+from ddistill.runs import Opened, open_run
+
+Row = dict[str, Any]
+
+USUAL = (1, 2, 4, 8)
+"""Steps where none are asked for, of those that the student serves."""
+
+
+def evaluate(command: Evaluate) -> None:
+    """Judge a run: by the features of networks where there are any, otherwise by pixels, which digits allow."""
+    if command.batch_size < 1 or (command.samples is not None and command.samples < 2):
+        raise ValueError("--batch-size must be at least 1, and --samples at least 2")
+    opened = open_run(command.run)
+    if command.features:
+        from ddistill.cli.study import study
+
+        study(command, opened)
+        return
+    digits = digits_of(opened)
+    for flag in ("metrics", "reference", "models", "resize"):
+        if getattr(command, flag) is not None:
+            raise ValueError(f"--{flag} is of metrics by networks: give --features NETWORK=FILE as well")
+    plan = samplers_of(opened, steps_of(opened, command.steps))
+    judge_digits(
+        digits, opened, plan, json=command.json, csv=command.csv, likelihood=command.likelihood, count=command.samples,
+        seed=command.seed, run=command.run, out=command.out,
+    )  # fmt: skip
+
+
+def samplers_of(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
+    """The rows of the table of digits."""
+    experiment = opened.experiment
+    made = experiment.method(experiment.process)
+    return samplers(opened.teacher, opened.student, made, experiment.process, steps)
+
+
+def steps_of(opened: Opened, asked: Sequence[int] | None) -> list[int]:
+    """The steps asked for, or those usual ones that the student serves. Raises ValueError where there are none."""
+    if asked:
+        return sorted(set(asked))
+    experiment = opened.experiment
+    made = experiment.method(experiment.process)
+    served = []
+    for n in USUAL:
+        try:
+            student_sampler(opened.student, made, experiment.process, n)
+        except ValueError:
+            continue
+        served.append(n)
+    if not served:
+        raise ValueError(f"the student serves none of {', '.join(map(str, USUAL))} steps: say which, --steps 16")
+    return served
+
+
+def digits_of(opened: Opened) -> Digits:
+    """The scans of a run on digits. Raises ValueError for runs on other data."""
+    data = opened.experiment.data
+    if not isinstance(data, DigitsData):
+        raise ValueError(
+            f"only runs on digits can be judged by pixels, and this one is on {type(data).__name__}: give "
+            "--features NETWORK=FILE to judge it by a network's features, or sample it into an .npz file"
+        )
+    return load_digits(data.seed)
+
+
+_TABLE = {
+    "sampler": ("sampler", None),
+    "nfe": ("NFE", "d"),
+    "accuracy": ("accuracy", ".3f"),
+    "frechet": ("Fréchet", ".2f"),
+    "frechet_held_out": ("to held-out", ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".2f"),
+    "coverage": ("coverage", ".3f"),
+    "diversity": ("diversity", ".3f"),
+    "nll": ("bits/pixel", ".3f"),
+    "ms_per_image": ("ms/image", ".3f"),
+}
+
+
+def judge_digits(
+    digits: Digits,
+    opened: Opened,
+    plan: Sequence[Sampler],
+    *,
+    json: Path | None = None,
+    csv: Path | None = None,
+    likelihood: bool = False,
+    count: int | None = None,
+    seed: int = 0,
+    run: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Print the table, and write it to json and csv. out: a folder for the rows of `run`, in which they are kept."""
+    shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}
+    caption = (
+        "from the same noise and labels; Fréchet, precision, recall, density, coverage against the training scans; "
+        "Fréchet to held-out; diversity within each digit over the scans'"
+    )
+    if likelihood:
+        caption += "; bits/pixel under the teacher, to be read beside those of its own samples and the held-out scans"
+    table = Table(
+        *(title for title, _ in shown.values()), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )  # narrow: twelve columns on one screen
+    options: dict[str, Any] = {"likelihood": opened.teacher if likelihood else None, "seed": seed}
+    if count is not None:
+        options["count"] = count
+    rows: list[Row] = []
+    if out is not None and run is not None:
+        made = {"run": fingerprint(run), "of": "digits, by pixels", **options, "likelihood": likelihood}
+        rows = kept_rows(out, made)
+        options["have"] = {(row["sampler"], row["steps"]) for row in rows}
+
+    def show(row: Row) -> None:
+        table.add_row(*(cell(row[name], form) for name, (_, form) in shown.items()))
+
+    with Live(table, console=screen(), refresh_per_second=2):
+        for row in rows:
+            show(row)
+        for row in judged.evaluate(digits, opened.experiment.process, plan, **options):
+            rows.append(row)
+            show(row)
+            if out is not None:
+                keep_row(out, row)
+    value = {"rows": rows}
+    if out is not None:
+        write_table(out / "table.json", out / "table.csv", value)
+    if json is not None:
+        write_json(json, value)
+    if csv is not None:
+        write_csv(csv, rows)
