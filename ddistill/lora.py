@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from ddistill.net import Apply, Net, PyTree
-from ddistill.networks.layers import STACK
+from ddistill.sharding import in_stack
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def load(path: Path | str) -> dict[str, Array | LowRank]:
         if f"{name}.whole" in arrays:
             continue
         a, b = (arrays[f"{name}.{end}"].shape for end in ("down", "up"))
-        axes = 2 + _in_stack(name)
+        axes = 2 + in_stack(name)
         if len(a) != axes or len(b) != axes or a[-1] != b[-2] or a[:-2] != b[:-2]:
             raise ValueError(f"{path}: {name}.down {list(a)} and {name}.up {list(b)} are not the factors of a matrix")
     return {name: _update(arrays, name, 1.0) for name in _adapted_paths(arrays)}
@@ -288,17 +288,13 @@ def _shapes(params: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {path: np.shape(w) for path, w in params.items()}
 
 
-def _in_stack(path: str) -> bool:
-    return STACK in path.split(".")
-
-
 def _is_matrix(path: str, w: Array) -> bool:
-    return jnp.ndim(w) >= 2 + _in_stack(path)
+    return jnp.ndim(w) >= 2 + in_stack(path)
 
 
 def _matrix_shape(path: str, w: Array) -> tuple[int, ...]:
     """A parameter's shape as a matrix [in, out], in a stack as [blocks, in, out]."""
-    blocks, shape = np.shape(w)[: _in_stack(path)], np.shape(w)[_in_stack(path) :]
+    blocks, shape = np.shape(w)[: in_stack(path)], np.shape(w)[in_stack(path) :]
     return *blocks, int(np.prod(shape[:-1])), shape[-1]
 
 

@@ -9,6 +9,7 @@ A student is a Net that also reads s, the time it jumps to; `Net.jump` moves the
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from ddistill.gathering import Place, again, placed, rematerialises
 from ddistill.process import LARGEST_RHO, Process, Time, expand, safe_divide
 
 PyTree = Any
@@ -72,6 +74,19 @@ class Net:
 
 def _call_bound(net: Net, cond: PyTree, x: Array, t: Array) -> Array:
     return net(x, t, cond)
+
+
+def laid_out(net: Net, place: Place | None) -> Net:
+    """The same network for programs on a mesh: its samples stay split, its parameters are gathered where it uses them.
+
+    Networks that it holds, such as the teacher in a discriminator, likewise.
+    """
+
+    def inside(leaf):
+        return laid_out(leaf, place) if isinstance(leaf, Net) else leaf
+
+    rest = jax.tree.map(inside, net.rest, is_leaf=lambda leaf: isinstance(leaf, Net))
+    return Net(net.params, rest, placed(net.apply, place))
 
 
 def frozen(net: Net) -> Net:
@@ -187,9 +202,18 @@ class _Preconditioned:
     precondition: Preconditioning
 
     def __call__(self, params, rest, x, t, cond, *, s, key):
-        out = self._raw(self.definition(params, rest), x, t, cond, s, key)
-        c_skip, c_out, _, _ = (expand(c, x) for c in self.precondition(self.process, t))
-        return c_skip * x + c_out * out.astype(x.dtype)
+        def denoised(params, rest, x, t, cond, s, key):
+            out = self._raw(self.definition(params, rest), x, t, cond, s, key)
+            c_skip, c_out, _, _ = (expand(c, x) for c in self.precondition(self.process, t))
+            return c_skip * x + c_out * out.astype(x.dtype)
+
+        place = self.definition.place
+        if place is None:
+            return denoised(params, rest, x, t, cond, s, key)
+        kept = place.splits and not self.definition.rematerialises
+        run = jax.checkpoint(denoised, policy=again) if kept else denoised
+        x, t, cond, s = place.batch((x, t, cond, s))
+        return place.batch(run(params, rest, x, t, cond, s, key))
 
     def outputs(self, params, rest, x, t, cond, *, s, key):
         """What each module answers on the way, by path; of several calls the last."""
@@ -237,15 +261,35 @@ class _Names:
 
 @dataclass(frozen=True)
 class Definition:
-    """The code of an NNX module, hashable by value: definition(params, rest) is the module."""
+    """The code of an NNX module, hashable by value: definition(params, rest) is the module.
+
+    place: where the arrays lie that it is given, so that its layers gather them.
+    """
 
     graph: nnx.GraphDef
     params: _Names
     rest: _Names
+    place: Place | None = None
 
     def __call__(self, params: dict[str, Array], rest: dict[str, Array]) -> nnx.Module:
         """The module with these arrays."""
+        if self.place is None or not self.place.splits:
+            return self._merged(params, rest)
+        return self.place.gather_at_use(self._merged(self.place.stacks(params), self.place.stacks(rest)))
+
+    @property
+    def rematerialises(self) -> bool:
+        """Whether its blocks keep nothing for the backward pass."""
+        return _rematerialises(dataclasses.replace(self, place=None))
+
+    def _merged(self, params: dict[str, Any], rest: dict[str, Any]) -> nnx.Module:
         return nnx.merge(self.graph, self.params.state(params), self.rest.state(rest))
+
+
+@functools.lru_cache(maxsize=64)
+def _rematerialises(definition: Definition) -> bool:
+    nothing = (dict.fromkeys(names.names) for names in (definition.params, definition.rest))
+    return rematerialises(definition._merged(*nothing))
 
 
 def split(module: nnx.Module) -> tuple[dict[str, Array], dict[str, Array], Definition]:

@@ -13,8 +13,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ddistill import sharding
+from ddistill.gathering import Place
 from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Progress, Space
-from ddistill.net import Net
+from ddistill.net import Net, laid_out
 
 PyTree = Any
 Nets = Mapping[str, Net]
@@ -49,18 +50,21 @@ class Trainer:
     """A method bound to optimisers and a mesh. Make one with `make_trainer`.
 
     start(teacher, key, space) -> the networks to be trained. init(nets, key, space) -> State; space may be left out
-    where no network and no memory depends on it. step(state, nets, batch, turn, steps=1, round=0) -> (State, metrics):
-    compiled once for each distinct turn; donates state; `nets` are the networks whose params the state does not hold,
-    the teacher above all, and the code and buffers of those it does; steps and round are what the losses see in their
-    `Progress`. several(state, nets, batches, turns, which, count, steps=1, round=0): the same for `count` steps in one
-    call, on batches stacked along a new first axis, of which number i updates turns[which[i]]; each network's metrics
-    are its last. Compiled once for each number of stacked batches and set of turns, whatever count is.
+    where no network and no memory depends on it. begin(teacher, key, space) -> (networks without params, State): both
+    in one program, with nothing ever whole on one device. step(state, nets, batch, turn, steps=1, round=0) -> (State,
+    metrics): compiled once for each distinct turn; donates state; `nets` are the networks whose params the state does
+    not hold, the teacher above all, and the code and buffers of those it does; steps and round are what the losses see
+    in their `Progress`. several(state, nets, batches, turns, which, count, steps=1, round=0): the same for `count`
+    steps in one call, on batches stacked along a new first axis, of which number i updates turns[which[i]]; each
+    network's metrics are its last. Compiled once for each number of stacked batches and set of turns, for any count.
     """
 
     method: Method
     mesh: Mesh
+    rule: sharding.Rule
     start: Callable[..., dict[str, Net]]
     init: Callable[..., State]
+    begin: Callable[..., tuple[dict[str, Net], State]]
     step: Callable[..., tuple[State, Metrics]]
     several: Callable[..., tuple[State, Metrics]]
 
@@ -70,13 +74,15 @@ def make_trainer(
     optimizers: Mapping[str, optax.GradientTransformation],
     *,
     mesh: Mesh | None = None,
+    rule: sharding.Rule = sharding.Rule(),  # noqa: B008
     accumulate: int = 1,
     draw: int = 0,
 ) -> Trainer:
     """Bind a method to one optimiser for each of its networks.
 
-    accumulate: gradients are averaged over this many equal parts of each batch before the update. Steps whose gradient
-    is not finite change nothing but a counter. draw: another one gives every step other random numbers.
+    rule: how parameters, and what is shaped like them, lie on the mesh. accumulate: gradients are averaged over this
+    many equal parts of each batch before the update. Steps whose gradient is not finite change nothing but a counter.
+    draw: another one gives every step other random numbers.
     Raises ValueError if an optimiser is missing or superfluous.
     """
     if set(optimizers) != set(method.losses):
@@ -84,27 +90,37 @@ def make_trainer(
     mesh = sharding.make_mesh() if mesh is None else mesh
     never = np.iinfo(np.int32).max
     rated = {n: optax.chain(o, optax.scale(method.rate[n])) if n in method.rate else o for n, o in optimizers.items()}
+    place = Place(mesh, rule) if mesh.size > 1 else None
     guarded = {n: optax.apply_if_finite(o, max_consecutive_errors=never) for n, o in rated.items()}
 
     def start(teacher: Net, key: Array, space: Space = UNKNOWN) -> dict[str, Net]:
         names = sorted(method.init)
         return {n: method.init[n](teacher, jax.random.fold_in(key, i), space) for i, n in enumerate(names)}
 
-    def init(nets: Nets, key: Array, space: Space = UNKNOWN) -> State:
-        def build(params, key):
-            copy = jax.tree.map(jnp.array, params)  # donated states must not share buffers with the teacher
-            return State(
-                step=jnp.zeros((), jnp.int32),
-                key=key,
-                params=copy,
-                opt={n: guarded[n].init(p) for n, p in copy.items()},
-                ema={n: jax.tree.map(jnp.array, params[source]) for n, (source, _) in method.ema.items()},
-                memory={n: memory.init(nets, space) for n, memory in method.memory.items()},
-            )
+    def build(nets: Nets, key: Array, space: Space) -> State:
+        def copy(tree: PyTree) -> PyTree:
+            return jax.tree.map(jnp.array, tree)  # donated states must not share buffers with the teacher
 
-        params = {n: nets[n].params for n in method.losses}
-        shapes = jax.eval_shape(build, params, key)
-        return jax.jit(build, out_shardings=sharding.state_shardings(mesh, shapes))(params, key)
+        params = {n: copy(nets[n].params) for n in method.losses}
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            key=jnp.array(key),
+            params=params,
+            opt={n: guarded[n].init(p) for n, p in params.items()},
+            ema={n: copy(nets[source].params) for n, (source, _) in method.ema.items()},
+            memory={n: memory.init(nets, space) for n, memory in method.memory.items()},
+        )
+
+    def init(nets: Nets, key: Array, space: Space = UNKNOWN) -> State:
+        return sharding.created(mesh, lambda nets, key: build(nets, key, space), nets, key, rule=rule)
+
+    def begin(teacher: Net, key: Array, space: Space = UNKNOWN) -> tuple[dict[str, Net], State]:
+        def both(teacher, key):
+            k_nets, k_state = jax.random.split(key)
+            nets = start(teacher, k_nets, space)
+            return {n: net.replace(params=None) for n, net in nets.items()}, build(nets, k_state, space)
+
+        return sharding.created(mesh, both, teacher, key, rule=rule)
 
     def step(
         state: State, nets: Nets, batch: Batch, turn: tuple[str, ...], progress: Progress
@@ -115,6 +131,7 @@ def make_trainer(
             current[name] = nets[name].replace(params=state.params[name])
         for name, (source, _) in method.ema.items():
             current[name] = nets[source].replace(params=state.ema[name])
+        current = {name: laid_out(net, place) for name, net in current.items()}
         batch = {**batch, **state.memory}
 
         params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
@@ -139,7 +156,7 @@ def make_trainer(
 
     def pinned(state, nets, batch, turn, steps=1, round=0):
         state, metrics = step(state, nets, batch, turn, Progress(state.step, steps, round))
-        return jax.lax.with_sharding_constraint(state, sharding.state_shardings(mesh, state)), metrics
+        return jax.lax.with_sharding_constraint(state, sharding.state_shardings(mesh, state, rule)), metrics
 
     def several(state, nets, batches, turns, which, count, steps=1, round=0):
         def one(turn, state, metrics, batch):
@@ -158,7 +175,7 @@ def make_trainer(
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
     return Trainer(
-        method, mesh, start, init,
+        method, mesh, rule, start, init, begin,
         jax.jit(pinned, static_argnums=3, donate_argnums=0),
         jax.jit(several, static_argnums=3, donate_argnums=0),
     )  # fmt: skip

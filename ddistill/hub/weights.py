@@ -2,7 +2,7 @@
 
 A path is the tensor's name, with the last part kernel (of a linear map or a convolution), scale (of a norm) or
 embedding for weight. Kernels are transposed: [out, in] to [in, out], [out, in, h, w] to [h, w, in, out]. Below
-`networks.layers.STACK` a parameter is the tensors of all blocks, "blocks.stack.norm.scale"[i] being
+`sharding.STACK` a parameter is the tensors of all blocks, "blocks.stack.norm.scale"[i] being
 "blocks.i.norm.weight", and a number before it is that of the first: "blocks.13.stack.norm.scale"[i] is
 "blocks.{13 + i}.norm.weight".
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddistill.networks.layers import STACK
+from ddistill.sharding import STACK
 
 WEIGHTS = ("kernel", "scale", "embedding")
 """Last parts of a path that PyTorch calls weight."""
