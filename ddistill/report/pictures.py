@@ -18,7 +18,7 @@ def image_grid(x, columns: int) -> np.ndarray:
 
     Values outside [0, 1] are clipped. Raises ValueError for other shapes, NaN or Inf, no images, `columns` below 1.
     """
-    x = _pixels(x, "image_grid")
+    x = pixels(x, "image_grid")
     if columns < 1:
         raise ValueError(f"columns is {columns}; at least 1 is needed.")
     n, height, width, channels = x.shape
@@ -50,7 +50,7 @@ def save_sample_sheet(
 
     if not rows:
         raise ValueError("No rows to draw; expected a list of (label, images [n, H, W, C]).")
-    sets = [(label, _pixels(images, f"row {label!r}")) for label, images in rows]
+    sets = [(label, pixels(images, f"row {label!r}")) for label, images in rows]
     sizes = {label: images.shape[1:3] for label, images in sets}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"Rows have images of different sizes {sizes}; all must have the same height and width.")
@@ -202,7 +202,8 @@ def save_scatter(path: str | Path, panels: Sequence[tuple[str, np.ndarray]], cen
     canvas.save(path, figure)
 
 
-def _pixels(x, what: str) -> np.ndarray:
+def pixels(x, what: str) -> np.ndarray:
+    """Images [N, H, W, C] in [0, 1] as bytes; ValueError, naming `what`, for other shapes, NaN or Inf, or none."""
     x = np.asarray(x)
     if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
         raise ValueError(f"Images of {what} have shape {x.shape}; expected [N, H, W, C] with C = 1 or 3 and N >= 1.")

@@ -1,0 +1,82 @@
+"""Rows of an evaluation as a table of the page: which measures there are, how they are written, which way is better."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ddistill.report.page import Column, Kind, Line, Table
+
+MEASURES = {
+    column.name: column
+    for column in (
+        Column("fid", "FID", ".2f", -1),
+        Column("accuracy", "accuracy", ".3f", 1, "share of samples that a classifier reads as asked"),
+        Column("frechet", "Fréchet", ".2f", -1, "Fréchet distance to the training data"),
+        Column("frechet_held_out", "to held-out", ".2f", -1, "Fréchet distance to data that was held out"),
+        Column("endpoint", "endpoint", ".3f", -1, "distance to where the exact flow takes the same noise"),
+        Column("sw2", "sliced W2", ".4f", -1, "sliced Wasserstein-2 distance to exact samples"),
+        Column("precision", "precision", ".3f", 1),
+        Column("recall", "recall", ".3f", 1),
+        Column("density", "density", ".2f", 1),
+        Column("coverage", "coverage", ".3f", 1),
+        Column("diversity", "diversity", ".3f", 1, "mean distance within a condition, over the data's"),
+        Column("spread", "spread", ".2f", 0, "width within the modes over the true one; 1 is right"),
+        Column("weights", "weights", ".4f", -1, "KL divergence of the modes' weights"),
+        Column("ll_gap", "ll gap", ".2f", -1, "what the mean log-density lacks"),
+        Column("encoding", "encoding", ".3f", -1, "error of the noise that data is encoded to"),
+        Column("round_trip", "round trip", ".3f", -1, "error of data that was encoded and decoded"),
+        Column("kid", "KID", ".4f", -1),
+        Column("sfid", "sFID", ".2f", -1),
+        Column("inception_score", "IS", ".2f", 1, "Inception score"),
+        Column("cmmd", "CMMD", ".3f", -1),
+        Column("clip_score", "CLIP", ".2f", 1, "CLIP score"),
+        Column("fd_dinov2", "FD-DINOv2", ".1f", -1),
+        Column("lpips", "LPIPS", ".3f", 0),
+        Column("nll", "bits/pixel", ".3f", 0, "likelihood under the teacher"),
+        Column("images_per_s", "images/s", ".4g", 1),
+        Column("ms_per_image", "ms/image", ".3f", -1),
+        Column("train_s", "training, s", ".0f", -1),
+    )
+}
+"""Measures that are known, by their key in a row, in the order of a table's columns."""
+
+_NO_MEASURES = {"nfe", "steps", "seed", "samples", "count", "w", "wall_s", "floor_sw2"}
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Columns for all numbers in the rows: known measures in their order, then others under their own names."""
+    there = dict.fromkeys(k for row in rows for k, v in row.items() if _number(v) is not None and k not in _NO_MEASURES)
+    known = [column for name, column in MEASURES.items() if name in there]
+    return [*known, *(Column(name, name.replace("_", " "), ".4g") for name in there if name not in MEASURES)]
+
+
+def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = "") -> Table:
+    """A table of an evaluation's rows, each with the name of its run, or None for the teacher and the data.
+
+    Of rows without a run that are the same sampler at the same cost the first stays: runs of one teacher repeat it.
+    """
+    lines: list[Line] = []
+    seen = set()
+    for run, row in named:
+        nfe = _number(row.get("nfe"))
+        label = str(row.get("sampler", "?")) if run is None else run
+        if run is None:
+            if (label, nfe) in seen:
+                continue
+            seen.add((label, nfe))
+        kind: Kind = "student" if run is not None else "reference" if nfe is None else "teacher"
+        values = {k: _number(v) for k, v in row.items() if k not in _NO_MEASURES}
+        lines.append(Line(label, kind, None if nfe is None else int(nfe), values))
+    order = {"reference": 0, "teacher": 1, "student": 2}
+    return Table("", columns_of([row for _, row in named]), sorted(lines, key=lambda line: order[line.kind]), words)
+
+
+def is_student(row: Mapping[str, Any]) -> bool:
+    """Whether a row of an evaluation is of a student, and not of the teacher or the data."""
+    return str(row.get("sampler", "")).startswith("student") or row.get("train_s") is not None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
