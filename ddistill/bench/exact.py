@@ -48,7 +48,7 @@ def recipe(d: int) -> Recipe:
     """The recipe for data of d dimensions."""
     if d <= 4:
         return Recipe(MLPNetwork(width=128, blocks=4), batch_size=256, fit_steps=3000, steps=6000)
-    return Recipe(MLPNetwork(width=384, blocks=4), batch_size=256, fit_steps=3000, steps=4000)
+    return Recipe(MLPNetwork(width=384, blocks=4), batch_size=256, fit_steps=6000, steps=4000)
 
 
 @dataclass(frozen=True)
