@@ -158,10 +158,7 @@ def _built(stage: Stage, trainer: Trainer, before: Net, batch: PyTree) -> Built:
 
 def _rows(trainer: Trainer, nets: dict[str, Net], state: State, mesh: jax.sharding.AbstractMesh) -> list[Row]:
     def held(tree: PyTree) -> int:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-        places = sharding.state_shardings(mesh, leaves)
-        sizes = [math.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in zip(leaves, places, strict=True)]
-        return sum(sizes)
+        return bytes_on(tree, mesh, trainer.rule)
 
     method, teacher = trainer.method, nets["teacher"]
     rows = [Row("teacher", _count(teacher.params), 0, held((teacher.params, teacher.rest)), 0, 0, 0)]
@@ -174,6 +171,16 @@ def _rows(trainer: Trainer, nets: dict[str, Net], state: State, mesh: jax.shardi
         rows.append(Row(f"{name}, average of {method.ema[name][0]}", _count(params), 0, held(params), 0, 0, 0))
     rows += [Row(f"{name}, kept", 0, 0, held(kept), 0, 0, 0) for name, kept in state.memory.items()]
     return rows
+
+
+def bytes_on(tree: PyTree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rule: sharding.Rule) -> int:
+    """What a tree of shapes holds on each device where it lies as the rule says, keys of random numbers aside."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(sharding.state_shardings(mesh, tree, rule))
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(leaves, places, strict=True)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
 
 
 def _count(params: PyTree, ours: bool = False) -> int:

@@ -57,8 +57,8 @@ def compiled(
     """Compile the programs of an experiment's file for a pod of TPUs; answers each as it is done.
 
     flags: as for `load_experiment`. changes: fields of the experiment, and "remat", set afterwards. options: as for
-    `programs`, and only, the names of those to compile. Raises ImportError where libtpu is not installed, ValueError
-    for topologies that it does not know, and RuntimeError where the compiler fails.
+    `programs`, and only, "steps" or "sampler". Raises ImportError where libtpu is not installed, ValueError for
+    topologies that it does not know, and RuntimeError where the compiler fails.
     """
     check_libtpu()
     request = {
@@ -130,7 +130,7 @@ def main(request: str, answers: str) -> None:
 
 
 def _compile_all(asked: Mapping[str, Any]) -> Iterator[Compiled]:
-    from ddistill.plan.programs import mesh_of, programs
+    from ddistill.plan.programs import SAMPLER, mesh_of, programs
     from ddistill.runs import load_experiment
 
     experiment = changed(load_experiment(Path(asked["experiment"]), asked["flags"]), asked["changes"])
@@ -138,7 +138,7 @@ def _compile_all(asked: Mapping[str, Any]) -> Iterator[Compiled]:
     only = options.pop("only", None)
     mesh = mesh_of(_devices(asked["topology"]), experiment)
     for program in programs(experiment, mesh, **options)[0]:
-        if only is None or program.name in only:
+        if only is None or (program.stage == SAMPLER) == (only == SAMPLER):
             yield _compile(program)
 
 

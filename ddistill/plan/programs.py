@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ddistill import sharding
 from ddistill.config import Experiment
 from ddistill.dry_run import Built, build
+from ddistill.gathering import Place
 from ddistill.methods.base import Method, home, sampling_of
-from ddistill.net import Net, Scaled
+from ddistill.net import Net, Scaled, laid_out
 from ddistill.sample import sample
 
 PyTree = Any
@@ -67,30 +68,32 @@ def turns(method: Method) -> dict[tuple[str, ...], float]:
 
 def mesh_of(devices: list[Any], experiment: Experiment) -> Mesh:
     """The mesh of a run on these devices, which need not be here. Raises ValueError as `sharding.abstract_mesh`."""
-    sizes = sharding.abstract_mesh(len(devices), *_split(experiment)).shape
+    sizes = sharding.abstract_mesh(len(devices), *split_of(experiment)).shape
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes)
     )
 
 
-def _split(experiment: Experiment) -> tuple[int, ...]:
+def split_of(experiment: Experiment) -> tuple[int, ...]:
+    """Over how many devices parameters are split: fsdp, and tensor where experiments have it."""
     return experiment.fsdp, *((experiment.tensor,) if hasattr(experiment, "tensor") else ())
 
 
-def placed(tree: PyTree, mesh: Mesh | None, batch: bool = False, **options: Any) -> PyTree:
-    """Shapes with where they lie on a mesh: as states do, or as batches."""
+def placed(tree: PyTree, mesh: Mesh | AbstractMesh | None, rule: sharding.Rule | None) -> PyTree:
+    """Shapes with where they lie on a mesh: as the rule for states says, or without one as batches."""
     if mesh is None:
         return tree
-    where = sharding.state_shardings(mesh, tree, **options)
-    where = jax.tree.map(lambda _: sharding.batch_sharding(mesh), tree) if batch else where
+    if rule is None:
+        where = jax.tree.map(lambda _: sharding.batch_sharding(mesh), tree)
+    else:
+        where = sharding.state_shardings(mesh, tree, rule)
     return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), tree, where)
 
 
 def _step(part: Built, turn: tuple[str, ...], mesh: Mesh | None) -> Callable[[], Any]:
     def trace():
-        rule = {"rule": part.trainer.rule} if hasattr(part.trainer, "rule") else {}
-        state, nets = placed(part.state, mesh, **rule), placed(part.nets, mesh, **rule)
-        batch = placed(part.batch, mesh, batch=True)
+        state, nets = placed((part.state, part.nets), mesh, part.trainer.rule)
+        batch = placed(part.batch, mesh, None)
         return part.trainer.step.trace(state, nets, batch, turn, part.stage.steps, part.stage.round)  # type: ignore[attr-defined]
 
     return trace
@@ -111,8 +114,10 @@ def _sampler(experiment: Experiment, last: Built, mesh: Mesh | None, steps: int,
 
     def trace():
         at = {} if mesh is None else {"out_shardings": sharding.batch_sharding(mesh)}
-        key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        net, (z, c) = placed(last.result, mesh), placed((noise, cond), mesh, batch=True)
+        rule = last.trainer.rule
+        place = None if mesh is None else Place(mesh, rule)
+        net, key = placed((laid_out(last.result, place), jax.eval_shape(lambda: jax.random.key(0))), mesh, rule)
+        z, c = placed((noise, cond), mesh, None)
         return jax.jit(draw, **at).trace(net, z, c, key)
 
     return trace
