@@ -12,11 +12,18 @@ _CONFIG = {
     "view": {"stroke": None},
     "font": "system-ui, sans-serif",
     "axis": {
-        "labelColor": "var(--soft)", "titleColor": "var(--ink)", "gridColor": "var(--rule)",
-        "domainColor": "var(--soft)", "tickColor": "var(--rule)",
-        "labelFontSize": 12, "titleFontSize": 12.5, "titleFontWeight": 500, "titlePadding": 10, "domain": False, "ticks": False, "labelPadding": 6,
+        "labelColor": "var(--soft)",
+        "labelFontSize": 12,
+        "labelPadding": 6,
+        "titleColor": "var(--ink)",
+        "titleFontSize": 12.5,
+        "titleFontWeight": 500,
+        "titlePadding": 10,
+        "gridColor": "var(--rule)",
+        "domain": False,
+        "ticks": False,
     },
-}  # fmt: skip
+}
 
 _AXIS = {"type": "quantitative", "scale": {"zero": False}, "axis": {"tickCount": 5}}
 
