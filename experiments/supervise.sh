@@ -108,6 +108,7 @@ loop() {
     flock --timeout 10 9 || { note 'another supervisor runs this already'; exit 1; }
     # SIGTERM of a machine that is shut down reaches the run as well, and ddistill takes a second one as "at once": it
     # is not passed on.
+    export PYTHONUNBUFFERED=1
     leaving=0 heard=0
     trap 'leaving=1 heard=1' TERM
     printf '%s\n' "$BASHPID" >"$folder/supervisor"
