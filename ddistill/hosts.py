@@ -211,11 +211,15 @@ def lost_peer(error: BaseException) -> bool:
     seen = set[int]()
     while chain is not None and id(chain) not in seen:
         seen.add(id(chain))
-        if isinstance(chain, jax.errors.JaxRuntimeError) and re.search(_LOST, str(chain)):
+        pattern = _LOST if isinstance(chain, jax.errors.JaxRuntimeError) else _COLLECTIVE
+        if re.search(pattern, str(chain)):
             return True
         chain = chain.__cause__ or chain.__context__
     return False
 
+
+_COLLECTIVE = r"^[A-Z_]+: Gloo \w+ failed"
+"""What JAX raises as ValueError, where one is compiled and run at once."""
 
 _LOST = (
     r"(?i)connection (closed|reset|refused)|broken pipe|UNAVAILABLE|DEADLINE_EXCEEDED|socket closed|timed out"

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ddistill import grids
+from ddistill import grids, hosts
 from ddistill.data.arrays import Source
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
@@ -38,15 +38,34 @@ def teacher_pairs(
     """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.
 
     Pair i depends on the key and i alone, whatever the batch size and the number of devices (x up to rounding). Labels
-    are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. devices: those of this
-    process by default. Raises ValueError for counts below 1 and where the integrator leads to NaN or infinity.
+    are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. devices: by default
+    those of this process; then several processes, all of which call this, make a part of the pairs each, and get all.
+    Raises ValueError for counts below 1 and where the integrator leads to NaN or infinity.
     """
     at_least_one(count=count)
+    batch_size, together = min(batch_size, count), devices is None and jax.process_count() > 1
     make = pair_maker(
         teacher, process, key, shape, steps=steps, num_classes=num_classes, integrator=integrator, points=points,
-        batch_size=min(batch_size, count), devices=devices,
+        batch_size=batch_size, devices=devices,
     )  # fmt: skip
-    return make(0, count)
+    return _shared_out(make, count, batch_size) if together else make(0, count)
+
+
+def _shared_out(make: Make, count: int, size: int) -> dict[str, np.ndarray]:
+    """All pairs, made batch by batch by the processes in turn; those beyond the count fill the last batches up."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    mine, processes = jax.process_index(), jax.process_count()
+    size = min(size, -(-count // processes))
+    parts: list[dict[str, np.ndarray]] = []
+
+    def make_mine(start: int) -> None:
+        parts.append(make(start + mine * size, size))
+
+    for start in range(0, count, size * processes):
+        hosts.checked_by_all(functools.partial(make_mine, start))
+        parts[-1] = process_allgather(parts[-1], tiled=True)
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
 
 def pair_maker(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,6 +285,6 @@ def _name(name: str, digest: str) -> str:
 
 
 def _put(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # processes may write the same manifest
     part.write_bytes(content)
     part.replace(path)

@@ -1,12 +1,15 @@
 """Ways to sample that are compared: a teacher under an integrator, a student in so many steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 
 from ddistill import grids
 from ddistill.integrators import Solution, euler, heun
@@ -14,6 +17,7 @@ from ddistill.methods.base import Made, home, sampling_of
 from ddistill.net import Net, Scaled
 from ddistill.process import Process
 from ddistill.sample import matched_noise, sample
+from ddistill.sharding import batch_parts, batch_sharding
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,26 @@ def start(
     k_noise, k_sampler = jax.random.split(jax.random.key(seed))
     labels = jnp.arange(count, dtype=jnp.int32) % num_classes if num_classes else None
     return process.prior(k_noise, (count, *shape)), labels, k_sampler
+
+
+def across(sampler: Sampler, mesh: Mesh) -> Sampler:
+    """The same sampler, which splits its samples over the devices of a mesh, all processes' together.
+
+    The mesh is the one its networks lie on. All processes call it with the same noise, conditions and key, and each
+    gets all samples, as arrays of numpy: those that one device would draw, up to rounding.
+    """
+    if mesh.size == 1:
+        return sampler
+    split = batch_sharding(mesh)
+
+    def laid(array: Any) -> Array:
+        whole = np.asarray(array)
+        whole = np.concatenate([whole, np.repeat(whole[:1], -len(whole) % batch_parts(mesh), axis=0)])
+        return jax.make_array_from_callback(whole.shape, split, lambda index: whole[index])
+
+    def draw(noise: Array, cond: Any, key: Array) -> Solution:
+        solution = sampler.draw(laid(noise), jax.tree.map(laid, cond), key)
+        x = process_allgather(solution.x, tiled=True)[: len(noise)]
+        return Solution(x, np.asarray(solution.nfe))  # type: ignore[arg-type]  # numpy's, which serve as well
+
+    return replace(sampler, draw=draw)

@@ -1,0 +1,117 @@
+"""What each process of a run of several does, for test_processes.py.
+
+python tests/peers.py FOLDER PROCESSES PROCESS PORT TASK...
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 50
+CUT = 25
+"""Where runs that go on elsewhere are cut off: the middle, where a checkpoint is."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """64 points of a plane in two classes."""
+
+    def load(self):
+        import numpy as np
+
+        from ddistill.config import Data
+
+        x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) / 2
+        return Data({"x": x, "cond": (x[:, 0] > 0).astype(np.int32)}, (2,), 2)
+
+
+def experiments():
+    """Methods whose losses are compared, without the training of a teacher."""
+    from ddistill.config import Experiment, MLPNetwork
+    from ddistill.integrators import euler
+    from ddistill.methods import DMD, Consistency, Progressive
+
+    methods = {
+        "consistency": Consistency(intervals=4, max_intervals=8, solver=euler),
+        "dmd": DMD(),
+        "progressive": Progressive(start=4, stop=1, solver=euler),
+    }
+    return {
+        name: Experiment(name, method, Plane(), network=MLPNetwork(width=8, blocks=1), steps=STEPS, batch_size=16)
+        for name, method in methods.items()
+    }
+
+
+def experiment():
+    """The experiment of the commands, with a method that learns from pairs."""
+    from ddistill.config import Experiment, MLPNetwork, Teacher
+    from ddistill.integrators import euler
+    from ddistill.methods import KD
+
+    return Experiment(
+        "pairs", KD(steps=(1,), pairs=40, teacher_steps=2, integrator=euler), Plane(),
+        network=MLPNetwork(width=8, blocks=1), teacher=Teacher(steps=2), steps=2, batch_size=16, log_every=1,
+    )  # fmt: skip
+
+
+def losses(folder: Path, mesh=None) -> dict[str, list[list[float]]]:
+    """Train each method in a folder of its name, from where it is; answers (step in all rounds, loss) for each step."""
+    import jax
+
+    from ddistill.log import Silent
+    from ddistill.net import Net
+    from ddistill.runs import student_stages
+    from ddistill.stages import run
+
+    told = {}
+    for name, e in experiments().items():
+        data = e.data.load()
+        teacher: Net = e.network.build(data, e.process, jax.random.key(1))
+        noise = iter(jax.random.split(jax.random.key(2), 100))
+        teacher = teacher.replace(  # a fresh network answers c_skip x, from which nothing is learned
+            params=jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(noise), p.shape), teacher.params)
+        )
+        log, stages = Silent(), student_stages(e, data)
+        run(
+            stages, teacher, jax.random.key(3), mesh=mesh, log=log, workdir=folder / name,
+            log_every=1, checkpoint_every=CUT,
+        )  # fmt: skip
+        before = {s.name: sum(other.steps for other in stages[:i]) for i, s in enumerate(stages)}
+        told[name] = [[before[row["stage"]] + row["step"], row["student/loss"]] for row in log.rows]
+    return told
+
+
+def commands(folder: Path, flags: list[str]) -> None:
+    """The commands of a run, in processes that are joined."""
+    from ddistill.cli import main
+
+    run = str(folder / "run")
+    assert main(["distill", __file__, "--workdir", run, *flags]) == 0
+    for rest in (
+        ["pairs", run, "--out", str(folder / "pairs"), "--count", "20", "--shard-size", "6", "--steps", "3"],
+        ["sample", run, "--out", str(folder / "x.npz"), "--n", "11", "--steps", "1"],
+        ["sample", run, "--out", str(folder / "teacher.npz"), "--n", "11", "--steps", "3", "--teacher"],
+    ):
+        assert main([*rest, *flags]) == 0
+
+
+def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
+    """Join the others, and do the tasks: names of folders in which methods are trained, or commands."""
+    from ddistill.hosts import Peers, first, join
+
+    assert join(Peers(processes, process, f"localhost:{port}", join_timeout=120, heartbeat=30))
+    for task in tasks:
+        if task == "commands":
+            os.environ.update(DDISTILL_PROCESSES=str(processes), DDISTILL_PROCESS=str(process))
+            commands(folder / f"commands-{processes}", ["--coordinator", f"localhost:{port}"])
+            continue
+        told = losses(folder / task)
+        if first():
+            (folder / f"{task}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    peer(Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5:])
