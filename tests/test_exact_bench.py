@@ -166,7 +166,7 @@ def nothing_kept():
 def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch, nothing_kept):
     trained = []
 
-    def student(case, name, made, start, seed, plan, steps):
+    def student(case, name, made, start, seed, plan, steps, keep):
         trained.append((name, seed, plan.steps))
         yield from ({"mixture": "ring8", "method": name, "steps": n, "seed": seed} for n in steps)
 

@@ -7,6 +7,7 @@ starts its student there, with its defaults. All samplers start from the same no
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ import numpy as np
 from jax import Array
 
 from ddistill import grids
+from ddistill.bench.kept import PATHS, Kept, how_many, write_kept
 from ddistill.config import Data, MLPNetwork, Optimizer
 from ddistill.data import Source
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.inversion import exact_inverter, inversion_metrics, student_inverter, teacher_inverter
-from ddistill.evaluate.mixture import Judge, floor, judge
+from ddistill.evaluate.mixture import SCALE, Judge, floor, judge
 from ddistill.integrators import dpmpp_2m, euler, heun
 from ddistill.integrators.exact import flow_map
 from ddistill.losses.times import LogNormal
@@ -27,6 +29,7 @@ from ddistill.methods.base import Made, Pairs, home, rounds, sampling_of
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net
 from ddistill.process import Process, edm
+from ddistill.report.motion import motion, student_path
 from ddistill.sample import matched_noise, sample
 from ddistill.stages import Stage, run, stages_of
 
@@ -142,19 +145,39 @@ def distilled(problem: Problem, made: Made, start: Net, seed: int, recipe: Recip
 
 
 def student_rows(
-    problem: Problem, name: str, made: Made, start: Net, seed: int, recipe: Recipe, steps: Sequence[int]
+    problem: Problem,
+    name: str,
+    made: Made,
+    start: Net,
+    seed: int,
+    recipe: Recipe,
+    steps: Sequence[int],
+    keep: Path | None = None,
 ) -> Iterator[Row]:
-    """Distil with one method, and judge the student at several numbers of steps."""
+    """Distil with one method, and judge the student at several numbers of steps.
+
+    keep: the folder to put some of its samples and paths in, for pictures (`bench.kept`).
+    """
     begin = time.monotonic()
     student = distilled(problem, made, start, seed, recipe)
     wall = time.monotonic() - begin
     process, sampling = home(made, problem.process), sampling_of(made)
     noise = matched_noise(problem.noise, problem.process, process)
     key = jax.random.fold_in(jax.random.key(seed), 3)
+    drawn = {}
     for n in steps:
         solution = sample(student, process, sampling.times(n), noise, key, gamma=sampling.gamma)
+        drawn[n] = solution.x
         exact = problem.exact if sampling.gamma == 0 or n == 1 else None
         yield row(problem, name, n, int(solution.nfe), seed, problem.judge(solution.x, exact), wall)
+    if keep is not None:
+        times, some = sampling.times(max(steps)), noise[:PATHS]
+        path = student_path(student, process, times, some, key, gamma=sampling.gamma)
+        write_kept(keep, problem.name, name, seed, Kept(
+            {n: np.asarray(x)[: how_many(problem.mixture.d)] for n, x in drawn.items()},
+            {n: np.flatnonzero(~problem.judge.found(x)) for n, x in drawn.items()},
+            motion(name, "student", process, times, path, SCALE),
+        ))  # fmt: skip
     if rounds(made)[-1].method.inverse is not None:
         yield from inversion_rows(problem, name, student, [sampling.times(n) for n in steps], seed)
 
@@ -187,4 +210,5 @@ def row(
     """A row of the benchmark: who, at what cost, and METRICS, None where a metric does not apply."""
     values = {name: metrics.get(name) for name in METRICS}
     who = {"mixture": problem.name, "method": method, "steps": steps, "nfe": nfe, "seed": seed, "w": None}
-    return {**who, **values, "floor_sw2": problem.floor["sw2"], "wall_s": round(wall, 3), **other}
+    at = {"wall_s": round(wall, 3), "device": jax.devices()[0].device_kind}
+    return {**who, **values, "floor_sw2": problem.floor["sw2"], **at, **other}

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array
 
 from ddistill import grids
 from ddistill.bench.exact import Problem, Recipe, Row, distilled, fitted_network, row
+from ddistill.bench.kept import Kept, how_many, write_kept
 from ddistill.config import Data
 from ddistill.evaluate.diversity import condition_diversity
 from ddistill.evaluate.metrics import sliced_wasserstein
@@ -43,6 +45,8 @@ def guided_rows(
     steps: Sequence[int],
     scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
     samples: int = 2000,
+    *,
+    keep: Path | None = None,
 ) -> Iterator[Row]:
     """Distil a student that takes a guidance scale, and judge it at several scales and numbers of steps.
 
@@ -50,7 +54,8 @@ def guided_rows(
     distance to the exact guided flow of other noise, floor_sw2 that between two such sets; all over the data's scale.
     recall: the share of modes found, see `mode_recall`; diversity: mean distance between samples of one condition over
     that of the exact guided flow, which itself has less of it the higher the scale.
-    The exact teacher under DPM-Solver++(2M) stands beside it.
+    The exact teacher under DPM-Solver++(2M) stands beside it. keep: the folder to put some samples without guidance in,
+    w = 1, whose classes are equally frequent (`bench.kept`).
     """
     problem = conditional(problem)
     noise, other = problem.noise[:samples], problem.noise[-samples:]
@@ -87,10 +92,18 @@ def guided_rows(
             solution = dpmpp_2m(field, problem.process, jnp.asarray(grids.karras(problem.process, n)), noise)
             yield judged("teacher/dpmpp_2m", n, 2 * int(solution.nfe), solution.x, time.monotonic() - begin)
         cond = Scaled(labels, jnp.full(samples, w))
+        drawn = {}
         for n in steps:
             key = jax.random.fold_in(jax.random.key(seed), 3)
             solution = sample(student, process, sampling.times(n), own, key, gamma=sampling.gamma, cond=cond)
+            drawn[n] = solution.x
             yield judged(name, n, int(solution.nfe), solution.x, wall)
+        if keep is not None and w == 1:
+            found = {n: _found(problem.mixture, problem.process, x, reference, labels) for n, x in drawn.items()}
+            write_kept(keep, problem.name, name, seed, Kept(
+                {n: np.asarray(x)[: how_many(problem.mixture.d)] for n, x in drawn.items()},
+                {n: np.flatnonzero(there & ~held) for n, (there, held) in found.items()},
+            ))  # fmt: skip
 
 
 def mode_recall(
@@ -101,11 +114,18 @@ def mode_recall(
     A sample lies in the mode of its class with the highest posterior at t_min. Modes with fewer than `least` samples of
     the reference, which guidance has emptied, are left out: to find them would be chance. None where no mode is left.
     """
+    visited, held = _found(mixture, process, x, reference, labels, least)
+    return float(np.mean(held[visited])) if visited.any() else None
+
+
+def _found(
+    mixture: Mixture, process: Process, x: Array, reference: Array, labels: Array, least: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Modes that the reference visits, and those that x holds a fifth as much of as it: bool [K] both."""
 
     def held(x: Array) -> np.ndarray:
         mode = jnp.argmax(mixture.responsibilities(process, x, process.t_min, labels), axis=1)
         return np.bincount(np.asarray(mode), minlength=mixture.K)
 
     there = held(reference)
-    visited = there >= least
-    return float(np.mean(held(x)[visited] > 0.2 * there[visited])) if visited.any() else None
+    return there >= least, held(x) > 0.2 * there

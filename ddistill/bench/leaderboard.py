@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ddistill.bench.exact import (
     Problem,
@@ -25,12 +26,18 @@ from ddistill.net import Net
 
 
 def leaderboard(
-    names: Sequence[str], mixtures: Sequence[str], seeds: int, have: Sequence[Row] = (), jobs: int = 1
+    names: Sequence[str],
+    mixtures: Sequence[str],
+    seeds: int,
+    have: Sequence[Row] = (),
+    jobs: int = 1,
+    keep: Path | None = None,
 ) -> Iterator[Row]:
     """Rows of every mixture, seed and method, each as soon as it is known; with one job the teacher's come first.
 
     have: rows of earlier calls. A method whose last row is among them for a mixture and seed is not trained again.
     jobs: processes, of one thread each on a CPU, that train so many students at a time; they may share a GPU.
+    keep: the folder for some samples of the students of the first seed (`bench.kept`).
     """
     known = {(row["mixture"], row["method"], row["steps"], row["seed"]) for row in have}
     todo = [
@@ -46,7 +53,9 @@ def leaderboard(
             parts.append((_references, mixture))
         if (mixture, "teacher/network", 35, seed) not in known:
             parts.append((_network, mixture, seed))
-        parts += [(_student, mixture, seed, name) for m, s, name in todo if (m, s) == (mixture, seed)]
+        parts += [
+            (_student, mixture, seed, name, None if seed else keep) for m, s, name in todo if (m, s) == (mixture, seed)
+        ]
     if jobs == 1:
         for rows, *which in parts:
             yield from rows(*which)
@@ -73,14 +82,14 @@ def _network(mixture: str, seed: int) -> Iterator[Row]:
     yield teacher_row(_case(mixture), _start(mixture, seed), "teacher/network", dpmpp_2m, 35, seed)
 
 
-def _student(mixture: str, seed: int, name: str) -> Iterator[Row]:
+def _student(mixture: str, seed: int, name: str, keep: Path | None) -> Iterator[Row]:
     case, entry = _case(mixture), METHODS[name]
     plan = recipe(case.mixture.d)
     trained = dataclasses.replace(plan, steps=round(entry.effort * plan.steps))
     made = entry.make()(case.process)
     if entry.guided:
-        return guided_rows(case, name, made, seed, trained, entry.steps)
-    return student_rows(case, name, made, _start(mixture, seed), seed, trained, entry.steps)
+        return guided_rows(case, name, made, seed, trained, entry.steps, keep=keep)
+    return student_rows(case, name, made, _start(mixture, seed), seed, trained, entry.steps, keep)
 
 
 def _all(part: tuple) -> list[Row]:

@@ -69,6 +69,33 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Tell what an experiment takes on a pod before it is paid for: memory, time at the least, what bounds it, cost.
+
+    Train steps and sampler are counted and, for TPUs, compiled by libtpu's compiler, which needs no TPU. Any field of
+    the experiment can be set as for `ddistill distill`.
+    """
+
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py")]
+    """As for `ddistill distill`."""
+    topology: Annotated[str, arg(metavar="CHIP:SHAPE")]
+    """v5e:16x16, v6e:4x8, v5p:4x4x8 or v4:2x2x2; of GPUs, which are counted alone, their number: h100:8, h200, b200,
+    a100-80."""
+    price: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """What a chip costs for an hour, for the cost of a million images."""
+    find: bool = False
+    """Search batch, sharding and rematerialisation for the fastest that fits, and compile that and its neighbours."""
+    keep_batch: bool = False
+    """With --find, the batch stays as it is."""
+    counted: bool = False
+    """Compile nothing: all figures are counts and estimates, in seconds."""
+    steps: int = 1
+    """Sampling steps of the sampler."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write all figures there as well."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """Sample from a finished run, into a picture or an array file."""
 
@@ -217,7 +244,7 @@ class Report:
     seed: int = 0
     """Of the noise, the same for all."""
     limit: float = 24.0
-    """The most that samples may take, in megabytes; where they would take more, fewer are shown, and the page says so."""
+    """Megabytes that samples may take; where they would take more, fewer are shown, and the page says so."""
     title: str = ""
     """The page's title."""
 
@@ -328,6 +355,7 @@ Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Import, subcommand("import")]
     | Annotated[Distill, subcommand("distill")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Pairs, subcommand("pairs")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Sample, subcommand("sample")]
@@ -391,7 +419,7 @@ def _parse(argv: list[str]) -> tuple[Command, list[str]]:
         )
 
     command, unknown = parse(return_unknown_args=True)
-    if unknown and not isinstance(command, Distill | Quickstart):
+    if unknown and not isinstance(command, Distill | Plan | Quickstart):
         parse()  # says what is wrong, and exits
     return command, [*unknown, *asked]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ddistill import integrators, storage
+from ddistill import hosts, integrators, storage
 from ddistill import quickstart as quickstart_experiment
 from ddistill.cli import (
     Bench,
@@ -30,6 +31,7 @@ from ddistill.cli import (
     Invert,
     Methods,
     Pairs,
+    Plan,
     Quickstart,
     Report,
     Sample,
@@ -42,7 +44,6 @@ from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.evaluate.samplers import across, start, student_sampler, teacher_sampler
-from ddistill.hosts import first
 from ddistill.integrators import dpmpp_2m
 from ddistill.lora import low_rank
 from ddistill.methods import METHODS
@@ -65,6 +66,10 @@ def run(command: Command, flags: Sequence[str]) -> None:
             import_(command)
         case Distill():
             distill(command, flags)
+        case Plan():
+            from ddistill.cli.plan import plan
+
+            plan(command, flags)
         case Pairs():
             pairs(command)
         case Encode():
@@ -103,7 +108,7 @@ def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
     plan = samplers_of(opened, (1, 2, 4))
     judge_digits(digits, opened, plan, json=out / "metrics.json")
     sheet = judged.sheet(digits, opened.experiment.process, plan)
-    if not first():
+    if not hosts.first():
         return
     save_sample_sheet(out / "samples.png", sheet)
     curves = {}
@@ -179,7 +184,7 @@ def pairs(command: Pairs) -> None:
     experiment, data = opened.experiment, opened.data
     first = student_stages(experiment, data)[0]
     process = first.method.process or experiment.process
-    with Progress(console=Console(stderr=True), disable=not (first() and sys.stderr.isatty())) as progress:
+    with Progress(console=Console(stderr=True), disable=not (hosts.first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("pairs", total=None)
         made = write_pairs(
             command.out, first.enter(first.guide(opened.teacher)), process, jax.random.key(command.seed),
@@ -198,7 +203,7 @@ def encode(command: Encode) -> None:
     from ddistill.data.loading import told
     from ddistill.datasets import encode_images
 
-    with Progress(console=Console(stderr=True), disable=not (first() and sys.stderr.isatty())) as progress:
+    with Progress(console=Console(stderr=True), disable=not (hosts.first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("encode", total=None)
         done = encode_images(
             command.data, command.to, command.models, command.size, classes=not command.flat, prompts=command.prompts,
@@ -233,7 +238,7 @@ def sample(command: Sample) -> None:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
     x = np.asarray(across(sampler, make_mesh(experiment.fsdp)).draw(noise, labels, key).x)
-    if not first():
+    if not hosts.first():
         return
     command.out.parent.mkdir(parents=True, exist_ok=True)
     if command.out.suffix == ".png":
@@ -336,8 +341,9 @@ def methods() -> None:
 
 def bench(command: Bench) -> None:
     """Run the benchmark with exact teachers."""
+    from ddistill.bench.kept import folder_of
     from ddistill.bench.leaderboard import leaderboard
-    from ddistill.bench.page import markdown
+    from ddistill.bench.page import write_page
     from ddistill.mixture import BUNDLED, Mixture
 
     names = list(METHODS) if command.methods == "all" else [n.strip() for n in command.methods.split(",") if n.strip()]
@@ -351,10 +357,12 @@ def bench(command: Bench) -> None:
     for mixture in mixtures:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
     rows = [] if command.json is None else _read_rows(command.json)
+    file = command.json or command.page
+    keep = None if file is None else folder_of(file)
     console = screen()
     try:
         with Live(_bench_table(mixtures[0], []), console=console, refresh_per_second=2, transient=True) as live:
-            for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs):
+            for row in leaderboard(names, mixtures, command.seeds, rows[:], command.jobs, keep):
                 rows.append(row)
                 mixture = row["mixture"]
                 live.update(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
@@ -367,8 +375,10 @@ def bench(command: Bench) -> None:
         for mixture in mixtures:
             console.print(_bench_table(mixture, [r for r in rows if r["mixture"] == mixture]))
     if command.page is not None:
-        flags = f"--methods {command.methods} --seeds {command.seeds}"
-        command.page.write_text(markdown(rows, f"ddistill bench exact {flags}"), encoding="utf-8")
+        words = ["ddistill", "bench", "exact", "--methods", command.methods, "--seeds", str(command.seeds)]
+        words += [word for mixture in command.mixture for word in ("--mixture", mixture)]
+        words += [] if command.json is None else ["--json", str(command.json)]
+        write_page(command.page, rows, shlex.join([*words, "--page", str(command.page)]), keep, say)
         say(f"Wrote {command.page}")
 
 

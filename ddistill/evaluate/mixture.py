@@ -42,15 +42,11 @@ class Judge:
         one, both with the noise, 1 for exact samples and less where modes have shrunk, None where none is found;
         ll_gap: mean log-density of true samples minus that of x. Samples that are not finite count as infinitely far.
         """
-        x = np.asarray(x, np.float32).reshape(len(x), -1)
-        x = np.where(np.isfinite(x), x, 1e6)
-        judged = _judge(self.mixture, _noised(jnp.asarray(x), self.noise, jax.random.key(1)), self.noise)
-        density, mode, distance2 = (np.asarray(a) for a in judged)
+        x, density, mode, distance2 = self._judged(x)
         good = density > self.threshold
         true = np.asarray(self.mixture.weights, np.float64)
         count = np.bincount(mode, minlength=len(true)) / len(x)
-        held = np.bincount(mode[good], minlength=len(true)) / len(x)
-        seen, found = count > 0, held > 0.2 * true
+        seen, found = count > 0, self._found(density, mode)
         distance = None if exact is None else (np.asarray(x, np.float64) - np.asarray(exact, np.float64)) / SCALE
         return {
             "endpoint": None if distance is None else float(np.sqrt(np.mean(distance**2))),
@@ -62,6 +58,23 @@ class Judge:
             "spread": _spread(distance2, mode, np.flatnonzero(found), self.mixture.d),
             "ll_gap": self.mean_log_density - float(np.mean(density, dtype=np.float64)),
         }
+
+    def found(self, x: Array | np.ndarray) -> np.ndarray:
+        """Which modes x [N, d] found, bool [K]: those that `recall` counts."""
+        _, density, mode, _ = self._judged(x)
+        return self._found(density, mode)
+
+    def _found(self, density: np.ndarray, mode: np.ndarray) -> np.ndarray:
+        true = np.asarray(self.mixture.weights, np.float64)
+        return np.bincount(mode[density > self.threshold], minlength=len(true)) / len(mode) > 0.2 * true
+
+    def _judged(self, x: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """x [N, d] without NaN and infinity, its log-density, most responsible components, distances² to their means."""
+        x = np.asarray(x, np.float32).reshape(len(x), -1)
+        x = np.where(np.isfinite(x), x, 1e6)
+        judged = _judge(self.mixture, _noised(jnp.asarray(x), self.noise, jax.random.key(1)), self.noise)
+        density, mode, distance2 = (np.asarray(a) for a in judged)
+        return x, density, mode, distance2
 
 
 def judge(mixture: Mixture, n: int = 10_000, seed: int = 0) -> Judge:

@@ -1,0 +1,116 @@
+"""`ddistill report`: runs and rows of benchmarks as one page."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ddistill.cli import Report
+from ddistill.cli.report_runs import Found, drawn_of, facts_of, find, groups_of, open_found
+from ddistill.report.html import write_page
+from ddistill.report.measures import is_student, table
+from ddistill.report.page import Group, Page, Run
+from ddistill.version import version
+
+Row = dict[str, Any]
+
+
+def report(command: Report) -> None:
+    """Write the page."""
+    if not command.runs:
+        raise ValueError("give at least one folder of a run, a folder of such folders, or a file of rows (.json)")
+    if command.samples < 1 or command.limit <= 0 or any(n < 1 for n in command.steps):
+        raise ValueError("--samples and --steps must be at least 1, --limit above 0")
+    files = [path for path in command.runs if path.suffix == ".json"]
+    found, failed = find([path for path in command.runs if path.suffix != ".json"])
+    groups: list[Group] = []
+    for path in files:
+        try:
+            groups += groups_of_rows(path)
+        except (OSError, ValueError) as error:
+            failed[str(path)] = str(error)
+    drawn: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for run in progress.track(found, description="sampling runs"):
+            try:
+                with_samples = open_found(run)
+                drawn[run.name] = drawn_of(with_samples, command.steps, command.samples, command.seed)
+            except Exception as error:  # one run that fails, in whatever way, must not cost the others their page
+                failed[str(run.folder)] = f"{error}" if isinstance(error, ValueError | OSError) else repr(error)
+    groups = [*groups_of(found, drawn), *groups]
+    if not groups and not found:
+        raise ValueError("nothing to show: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    flags = [] if command.steps == Report.steps else ["--steps", *map(str, command.steps)]
+    flags += [] if command.seed == Report.seed else ["--seed", str(command.seed)]
+    page = Page(
+        command.title or _title(found, files),
+        groups,
+        [Run(run.name, facts_of(run), commands(run), run.config, run.curves) for run in found],
+        failed,
+        _words(found, groups),
+        shlex.join(["ddistill", "report", *map(str, command.runs), *flags, "--out", str(command.out)]),
+        version(),
+    )
+    said = write_page(command.out / "index.html", page, samples=command.samples, limit=command.limit)
+    for name, why in failed.items():
+        print(f"not shown in full: {name}: {why}", file=sys.stderr)
+    print(f"Wrote {command.out / 'index.html'}: {said}", file=sys.stderr, flush=True)
+
+
+def commands(run: Found) -> list[str]:
+    """What repeats a run, and what was done with it afterwards."""
+    if not (run.folder / "experiment.py").is_file():
+        return ["# started from Python: no command repeats it"]
+    again = f"{run.folder}-again"
+    lines = [shlex.join(["ddistill", "distill", f"{run.folder}/experiment.py", *run.overrides, "--workdir", again])]
+    if run.rows:
+        lines.append(shlex.join(["ddistill", "evaluate", again]))
+    return lines
+
+
+def groups_of_rows(path: Path) -> list[Group]:
+    """Groups of a file of rows: mixtures of `ddistill bench exact`, or one of what evaluate and compare wrote.
+
+    Raises OSError where it cannot be read, ValueError where it is none of these.
+    """
+    rows = read_rows(path)
+    if all("mixture" in row for row in rows):
+        from ddistill.bench.page import groups
+
+        return groups(rows, path)
+    if all("sampler" in row for row in rows):
+        named = [(str(row["sampler"]) if is_student(row) else None, row) for row in rows]
+        return [Group(path.stem, [table(named)])]
+    raise ValueError("its rows are neither of a benchmark (mixture, method) nor of an evaluation (sampler)")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file {"rows": [...]}. Raises OSError or ValueError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError("does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    rows = value.get("rows") if isinstance(value, Mapping) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('has no rows: expected {"rows": [...]} as bench, evaluate and compare write it')
+    return rows
+
+
+def _title(found: Sequence[Found], files: Sequence[Path]) -> str:
+    if not found:
+        return "Exact teachers" if any("exact" in path.stem for path in files) else "Distillation report"
+    return "Distillation report" if len(found) > 1 else found[0].name
+
+
+def _words(found: Sequence[Found], groups: Sequence[Group]) -> str:
+    runs = f"{len(found)} run{'s' * (len(found) != 1)}" if found else ""
+    teachers = len({run.teacher for run in found})
+    of = f" of {teachers} teacher{'s' * (teachers != 1)}" if found else ""
+    return f"{runs}{of}, sampled from the same noise." if found else ""

@@ -1,0 +1,269 @@
+"""Runs as parts of a report: what their folders tell, and samples drawn from those that are finished."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddistill import grids
+from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
+from ddistill.integrators import dpmpp_2m, heun
+from ddistill.methods.base import home, sampling_of
+from ddistill.net import Scaled
+from ddistill.report.measures import is_student, table
+from ddistill.report.motion import motion, student_path, teacher_path
+from ddistill.report.page import Drawn, Group, Motion, Sheet
+from ddistill.runs import Opened, open_run, read_metrics
+from ddistill.sample import matched_noise
+
+OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
+_USUAL = 18  # steps of Heun's method: 35 calls, the teacher's usual cost
+_PATHS = 160
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run's folder tells without its networks.
+
+    data, teacher: digests, equal where runs have the same of it. rows: those of evaluations found in the folder.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    version: str
+    data: str
+    teacher: str
+    rows: Sequence[Mapping[str, Any]] = ()
+    curves: Mapping[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Samples of a run's student and its teacher, and of the data they learned."""
+
+    students: Drawn | None
+    teachers: Sequence[Drawn]
+    motions: Sequence[Motion] = ()
+    reference: Drawn | None = None
+    words: str = ""
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Found], dict[str, str]]:
+    """Runs at the paths, each a run's folder or a folder of such, and what was none with the reason."""
+    folders: dict[Path, None] = {}
+    failed: dict[str, str] = {}
+    for path in paths:
+        inside = (
+            [path] if (path / "experiment.json").is_file() else sorted(p.parent for p in path.glob("*/experiment.json"))
+        )
+        if not inside:
+            what = "is no run and holds none (no experiment.json)" if path.is_dir() else "does not exist"
+            failed[str(path)] = what
+        folders |= dict.fromkeys(inside)
+    found = []
+    for folder, name in zip(folders, _names(list(folders)), strict=True):
+        try:
+            found.append(_read(folder, name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            failed[str(folder)] = f"its experiment.json or metrics cannot be read: {error}"
+    return found, failed
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    for depth in range(1, 1 + max((len(f.parts) for f in folders), default=1)):
+        names = [str(Path(*folder.parts[-depth:])) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names if folders else []
+
+
+def _read(folder: Path, name: str) -> Found:
+    record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    config = record["experiment"]
+    of_teacher = {key: config.get(key) for key in OF_TEACHER}
+    return Found(
+        name, folder, config, record["overrides"], record["version"],
+        _digest([config["data"], config.get("process")]), _digest(of_teacher), _evaluations(folder), _curves(folder),
+    )  # fmt: skip
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _evaluations(folder: Path) -> list[Mapping[str, Any]]:
+    """Rows of all files of evaluations in the folder, the newest last: of the same sampler and cost it counts."""
+    rows: dict[tuple, Mapping[str, Any]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        here = value.get("rows") if isinstance(value, dict) else None
+        for row in here if isinstance(here, list) else []:
+            if isinstance(row, dict) and "sampler" in row:
+                rows[row["sampler"], row.get("nfe")] = row
+    return list(rows.values())
+
+
+def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Curves of training: the teacher's own, and the method's stages after each other."""
+    if not (folder / "metrics.jsonl").is_file():
+        return {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    done = 0.0
+    for stage, rows in read_metrics(folder).items():
+        part, first = ("teacher", 0.0) if stage == "teacher" else ("distillation", done)
+        for row in rows:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    steps, values = curves.setdefault(f"{part}: {key}", ([], []))
+                    steps.append(first + row["step"])
+                    values.append(value)
+        if part == "distillation" and rows:
+            done += rows[-1]["step"]
+    return curves
+
+
+def facts_of(run: Found) -> dict[str, str]:
+    """What is said of a run in a line."""
+    config = run.config
+    method, network = (str(config.get(k, {}).get("type", "?")).rpartition(".")[2] for k in ("method", "network"))
+    facts = {"method": method, "network": network, "steps": f"{config.get('steps', 0):,}"}
+    return {**facts, "seed": str(config.get("seed")), "ddistill": run.version, "folder": str(run.folder)}
+
+
+def open_found(run: Found) -> Opened:
+    """The run's networks. Raises what `open_run` raises."""
+    return open_run(run.folder)
+
+
+def drawn_of(opened: Opened, steps: Sequence[int], count: int, seed: int) -> Shown:
+    """Samples of a finished run from the noise of the seed: its student, its teacher at the same and its usual cost.
+
+    Data in two dimensions has paths too; of other flat data the two main directions are shown, and of what is neither
+    flat nor an image nothing.
+    """
+    experiment, data, process = opened.experiment, opened.data, opened.experiment.process
+    images = len(data.shape) == 3 and data.shape[2] in (1, 3)
+    flat = len(data.shape) == 1 and data.shape[0] > 1
+    if not images and not flat:
+        return Shown(None, (), words=f"Samples of shape {list(data.shape)} are no pictures.")
+    n = count if images else 12 * count
+    examples = None if data.arrays.get("x") is None else np.asarray(data.arrays["x"][: max(n, 4096)], np.float32)
+    view, words = _view(opened, examples)
+    noise, labels, key = start(process, data.shape, data.num_classes, n, seed)
+    made = experiment.method(process)
+    sheets, teacher = {}, {}
+    for calls in steps:
+        euler_like = teacher_sampler(opened.teacher, process, dpmpp_2m, calls, "teacher")
+        teacher[calls] = Sheet(view(euler_like.draw(noise, labels, key).x))
+        try:
+            sampler = student_sampler(opened.student, made, process, calls)
+        except ValueError:  # a number of steps that the method does not serve
+            continue
+        sheets[calls] = Sheet(view(sampler.draw(noise, labels, key).x))
+    usual = teacher_sampler(opened.teacher, process, heun, _USUAL, "teacher").draw(noise, labels, key)
+    teachers = [
+        Drawn("teacher, Heun", "teacher", {int(usual.nfe): Sheet(view(usual.x))}),
+        Drawn("teacher, DPM-Solver++(2M)", "teacher", teacher),
+    ]
+    reference = None if examples is None else Drawn("data", "reference", {0: Sheet(view(_in_turn(data, examples, n)))})
+    motions: list[Motion] = []
+    if data.shape == (2,):
+        some = None if labels is None else labels[:_PATHS]
+        motions = _motions(opened, noise[:_PATHS], some, key, max(sheets, default=0))
+    return Shown(Drawn("student", "student", sheets), teachers, motions, reference, words)
+
+
+def _view(opened: Opened, examples: np.ndarray | None):
+    """How samples become images or points, and words on it."""
+    shape = opened.data.shape
+    if len(shape) == 3:
+        return lambda x: opened.data.to_unit(np.asarray(x)), ""
+    if shape == (2,) or examples is None:
+        return lambda x: np.asarray(x)[:, :2], "" if shape == (2,) else f"The first two of {shape[0]} coordinates."
+    middle = examples.mean(0)
+    axes = np.linalg.svd(examples - middle, full_matrices=False)[2][:2].T
+    return lambda x: (np.asarray(x) - middle) @ axes, f"The two main directions of {shape[0]} dimensions."
+
+
+def _in_turn(data, examples: np.ndarray, n: int) -> np.ndarray:
+    """The first examples, of classes in turn where there are classes, as the samples are."""
+    if not data.num_classes or "cond" not in data.arrays:
+        return examples[:n]
+    labels = np.asarray(data.arrays["cond"][: len(examples)])
+    of_class = [np.flatnonzero(labels == c) for c in range(data.num_classes)]
+    if any(not len(at) for at in of_class):
+        return examples[:n]
+    turn = [(i % data.num_classes, i // data.num_classes) for i in range(n)]
+    return examples[[of_class[c][i % len(of_class[c])] for c, i in turn]]
+
+
+def _motions(opened: Opened, noise, labels, key, steps: int) -> list[Motion]:
+    process, made = opened.experiment.process, opened.experiment.method(opened.experiment.process)
+    x, spread = opened.data.arrays.get("x"), 0.5
+    if x is not None:
+        spread = float(np.sqrt(np.mean(np.asarray(x[:4096], np.float64) ** 2)))
+    grid = grids.karras(process, _USUAL)
+    states = teacher_path(opened.teacher.bind(labels), process, grid, noise)
+    motions = [motion("teacher, Heun", "teacher", process, grid, states, spread)]
+    if steps:
+        own, sampling = home(made, process), sampling_of(made)
+        times = sampling.times(steps)
+        cond = labels if sampling.guidance is None else Scaled(labels, jnp.full(len(noise), sampling.guidance))
+        begin = matched_noise(noise, process, own)
+        states = student_path(opened.student, own, times, begin, key, gamma=sampling.gamma, cond=cond)
+        motions.append(motion("student", "student", own, times, states, spread))
+    return motions
+
+
+def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]:
+    """Runs by the data they learned; teachers that are the same are shown once, others by the names of their runs."""
+    groups = []
+    titles: dict[str, int] = {}
+    for data in dict.fromkeys(run.data for run in found):
+        runs = [run for run in found if run.data == data]
+        owners = {
+            teacher: [r.name for r in runs if r.teacher == teacher]
+            for teacher in dict.fromkeys(r.teacher for r in runs)
+        }
+        several = len(owners) > 1
+
+        def of(teacher: str, label: str, owners=owners, several=several) -> str:
+            return (
+                f"{label} of {', '.join(owners[teacher][:2])}{' …' * (len(owners[teacher]) > 2)}" if several else label
+            )
+
+        named = [
+            (run.name, row) if is_student(row) else (None, {**row, "sampler": of(run.teacher, row["sampler"])})
+            for run in runs for row in run.rows
+        ]  # fmt: skip
+        there = [(run, shown[run.name]) for run in runs if run.name in shown]
+        references = [s.reference for _, s in there if s.reference is not None][:1]
+        teachers = {of(r.teacher, d.label): d for r, s in there for d in s.teachers}
+        students = {r.name: s.students for r, s in there if s.students is not None and s.students.sheets}
+        drawn = [*references, *(dataclasses.replace(d, label=label) for label, d in {**teachers, **students}.items())]
+        paths = {(of(r.teacher, m.label) if m.kind == "teacher" else r.name): m for r, s in there for m in s.motions}
+        words = "" if named else (
+            "Not evaluated: `ddistill evaluate RUN --json RUN/evaluate.json` adds a table and its plots."
+        )  # fmt: skip
+        title = str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower()
+        titles[title] = titles.get(title, 0) + 1
+        groups.append(Group(
+            title if titles[title] == 1 else f"{title} {titles[title]}",
+            [table(named)] if named else [],
+            drawn,
+            [dataclasses.replace(m, label=label) for label, m in paths.items()],
+            words=" ".join(dict.fromkeys([w for w in (words, *(s.words for _, s in there)) if w])),
+        ))  # fmt: skip
+    return groups
