@@ -1,0 +1,257 @@
+"""`ddistill evaluate --features …`: any run whose samples are images, or latents of them, by networks' features."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.live import Live
+from rich.table import Table
+
+from ddistill import integrators, sharding
+from ddistill.cli import Evaluate
+from ddistill.cli.evaluate import steps_of
+from ddistill.cli.output import cell, say, screen, write_json
+from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
+from ddistill.config import Imported, PairsData
+from ddistill.datasets import LatentFolder
+from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of
+from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, is_images, to_bytes
+from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
+from ddistill.evaluate.scores import METRICS, STANDARD, chosen, wanted
+from ddistill.evaluate.seen import Seen, look, part_of_process
+from ddistill.evaluate.statistics import (
+    Statistics,
+    check_statistics,
+    identity,
+    open_statistics,
+    save_statistics,
+    statistics_in,
+    statistics_of,
+    with_moments,
+)
+from ddistill.hub.autoencoders import load_autoencoder
+from ddistill.hub.features import NETWORKS, Features, load_features
+from ddistill.methods.base import sampling_of
+from ddistill.net import Net, guided
+from ddistill.networks.inception import InceptionConfig
+from ddistill.networks.preprocess import PREPROCESSINGS, cmmd
+from ddistill.runs import Opened, student_stages
+
+Row = dict[str, Any]
+
+KEPT = 50_000
+"""Real images whose single features are kept, at most; moments are of all of them."""
+
+_NAMES = {"heun": "Heun", "euler": "Euler", "ddim": "DDIM", "deis": "DEIS", "unipc": "UniPC", "rk4": "RK4"}
+
+
+def study(command: Evaluate, opened: Opened) -> None:
+    """Judge the samplers of a run, row by row."""
+    out = command.run / "evaluation" if command.out is None else command.out
+    theirs = None if command.reference is None else statistics_in(command.reference)
+    networks = open_networks(command.features, command.resize or _resize_of(theirs))
+    names = chosen(command.metrics, networks)
+    networks = {kind: networks[kind] for kind in sorted({METRICS[name].feature.split(".")[0] for name in names})}
+    decode = decoder(opened, command.models)
+    shape = to_bytes(decode(np.zeros((1, *opened.data.shape), np.float32))).shape[1:]
+    in_colour(np.zeros((1, *shape), np.uint8))
+    real, notes = reference(command, opened, networks, names, decode, shape, theirs, out)
+    count = STANDARD if command.samples is None else command.samples
+    made = {
+        "run": fingerprint(command.run),
+        "metrics": list(names),
+        "networks": identity(networks),
+        "reference": {k: real.about.get(k) for k in ("source", "images", "resolution")},
+        "samples": count,
+        "seed": command.seed,
+        "batch_size": command.batch_size,
+        "teacher": [command.integrator, command.teacher_steps],
+    }
+    rows = kept_rows(out, made)
+    experiment = opened.experiment
+    what = Study(
+        experiment.process, opened.data.shape, conditions_of(opened.data, command.batch_size, command.seed), decode,
+        sharding.make_mesh(experiment.fsdp), networks, names, real, count, command.batch_size, command.seed,
+    )  # fmt: skip
+    table = _table(names, rows, real)
+    with Live(table, console=screen(), refresh_per_second=2) as live:
+
+        def add(row: Row | None) -> None:
+            if row is not None:
+                row["notes"] = list(notes_of(row, real))
+                keep_row(out, row)
+                rows.append(row)
+                live.update(_table(names, rows, real))
+
+        if not any(row["nfe"] is None for row in rows):
+            add(floor(what, _own(command, opened, what) if real.halves is None else None))
+        have = {(row["sampler"], row["steps"]) for row in rows}
+        for sampler in plan(opened, steps_of(opened, command.steps), command.integrator, command.teacher_steps):
+            if (sampler.name, sampler.steps) not in have:
+                add(judge(sampler, what))
+    notes = (*notes, *dict.fromkeys(note for row in rows for note in row["notes"]))
+    for note in notes:
+        say(f"Note: {note}")
+    value = {"made": made, "how": {name: METRICS[name].how for name in names}, "notes": list(notes), "rows": rows}
+    write_table(out / "table.json", out / "table.csv", value)
+    if command.json is not None:
+        write_json(command.json, value)
+    if command.csv is not None:
+        write_csv(command.csv, rows)
+    say(f"Wrote {out}/table.json and table.csv")
+
+
+def open_networks(given: Sequence[str], resize: str) -> dict[str, Features]:
+    """The networks of flags NETWORK=FILE by kind: inception, dinov2, clip, and cmmd, which is CLIP as CMMD has it.
+
+    resize: the name of Inception's preprocessing. Raises ValueError for unknown networks and for two of one kind.
+    """
+    found: dict[str, Features] = {}
+    for flag in given:
+        name, there, file = flag.partition("=")
+        config = NETWORKS.get({"inception": InceptionConfig().name}.get(name, name))
+        if config is None or not there:
+            raise ValueError(
+                f"--features {flag}: give NETWORK=FILE, with one of the networks inception, "
+                f"{', '.join(sorted(set(NETWORKS) - {InceptionConfig().name}))}"
+            )
+        inception = isinstance(config, InceptionConfig)
+        features = load_features(config, Path(file), PREPROCESSINGS[resize](299) if inception else None)
+        kind = "inception" if inception else "clip" if getattr(config, "clip", False) else "dinov2"
+        if kind in found:
+            raise ValueError(f"--features names two networks of the kind {kind}, of which one is compared")
+        found[kind] = features
+        if kind == "clip":
+            found["cmmd"] = dataclasses.replace(features, preprocessing=cmmd(features.size))
+    return found
+
+
+def decoder(opened: Opened, models: Path | None) -> Decode:
+    """From samples to brightness: by an autoencoder where they are latents. Raises ValueError where there is none."""
+    experiment, to_unit = opened.experiment, opened.data.to_unit
+    data = experiment.data.data if isinstance(experiment.data, PairsData) else experiment.data
+    folder = models or getattr(to_unit, "models", None)
+    if folder is None and isinstance(data, LatentFolder):
+        network = experiment.network
+        if not isinstance(network, Imported) or not (Path(network.folder) / "vae").is_dir():
+            raise ValueError("this run's samples are latents: give the folder of their autoencoder, --models FOLDER")
+        folder = Path(network.folder)
+    if folder is None:
+        return to_unit
+    mesh = sharding.local_mesh()
+    autoencoder = load_autoencoder(folder, mesh=mesh)
+
+    def decode(latents: np.ndarray) -> np.ndarray:
+        whole = -(-len(latents) // mesh.size) * mesh.size
+        filled = np.concatenate([latents, np.repeat(latents[-1:], whole - len(latents), axis=0)])
+        there = jax.device_put(filled.astype(np.float32), sharding.batch_sharding(mesh))
+        return np.asarray(autoencoder.pictures(there) + 1)[: len(latents)] / 2
+
+    return decode
+
+
+def plan(opened: Opened, steps: Sequence[int], integrator: str, usual: int) -> list[Sampler]:
+    """The teacher as it is usually sampled, then with as few steps as the student, and the student.
+
+    The teacher is guided as the student's method sees it.
+    """
+    experiment = opened.experiment
+    made, process = experiment.method(experiment.process), experiment.process
+    teacher, w = guided_teacher(opened)
+    suffix = "" if w == 1 else f", w = {w:g}"
+    rows = [
+        teacher_sampler(
+            teacher, process, getattr(integrators, integrator), usual,
+            f"teacher, {_NAMES.get(integrator, integrator)}{suffix}",
+        )
+    ]  # fmt: skip
+    few = partial(teacher_sampler, teacher, process, integrators.dpmpp_2m)
+    rows += [few(n, f"teacher, DPM-Solver++(2M){suffix}") for n in sorted(steps, reverse=True)]
+    return rows + [student_sampler(opened.student, made, process, n) for n in sorted(steps)]
+
+
+def guided_teacher(opened: Opened) -> tuple[Net, float]:
+    """The teacher that the student learned from, and the guidance scale it has, 1 for none."""
+    experiment, data = opened.experiment, opened.data
+    w = sampling_of(experiment.method(experiment.process)).guidance
+    if w is not None and data.none is not None:
+        return guided(opened.teacher, w, data.none), w
+    return student_stages(experiment, data)[0].guide(opened.teacher), experiment.guidance
+
+
+def reference(
+    command: Evaluate,
+    opened: Opened,
+    networks: Mapping[str, Features],
+    names: Sequence[str],
+    decode: Decode,
+    shape: tuple[int, ...],
+    theirs: Statistics | None,
+    out: Path,
+) -> tuple[Statistics, tuple[str, ...]]:
+    """Statistics of the real images, those in `out` where they are there already, and what is to be said of them."""
+    needs = wanted(names)
+    if command.reference is not None and theirs is not None and not is_images(command.reference):
+        return theirs, check_statistics(command.reference, theirs, networks, needs, shape)
+    if command.reference is None:
+        images = images_of(opened.data, f"data of {command.run}", decode)
+    else:
+        images = images_at(command.reference, shape, crop=command.crop)
+    file = out / "reference.npz"
+    if file.is_file():
+        there = open_statistics(file)
+        if there.about.get("of") == images.digest():
+            try:
+                return there, check_statistics(file, there, networks, needs, shape)
+            except ValueError:  # of other metrics or networks, which rows.jsonl would tell: made anew
+                pass
+    say(f"Looking at {len(images):,} real images ({images.source})")
+    made = statistics_of(images, networks, needs, kept=KEPT, batch_size=command.batch_size, seed=command.seed)
+    if command.reference is not None and theirs is not None:
+        made = with_moments(made, theirs, command.reference)
+        check_statistics(command.reference, made, networks, needs, shape)
+    save_statistics(file, made)
+    return made, tuple(made.about["notes"])
+
+
+def _resize_of(theirs: Statistics | None) -> str:
+    """Inception's preprocessing that statistics were made with; ADM's and EDM's have that of the first FID."""
+    if theirs is None:
+        return "clean"
+    told = theirs.about.get("networks", {}).get("inception", {}).get("preprocessing", "tensorflow")
+    return str(told).partition(",")[0]
+
+
+def _own(command: Evaluate, opened: Opened, what: Study) -> Seen | None:
+    """The run's data, for a floor beside statistics that are no images; None where it is none of them."""
+    images = images_of(opened.data, f"data of {command.run}", what.decode)
+    some = np.random.default_rng(command.seed).permutation(len(images))[: what.count]
+    mine = sorted(int(i) for i in some[part_of_process(len(some))])
+    batches = ((numbers, in_colour(x)) for numbers, x in images.batches(what.batch_size, mine))
+    return look(what.networks, batches, what.wanted, batch_size=what.batch_size)[0]
+
+
+def _table(names: Sequence[str], rows: Sequence[Row], real: Statistics) -> Table:
+    """The rows so far; titles tell the number of samples where it is not the standard one."""
+    columns: list[tuple[str, str, str | None]] = [("sampler", "sampler", None), ("nfe", "NFE", "d")]
+    columns += [("samples", "samples", ",d")]
+    columns += [(name, METRICS[name].title, METRICS[name].form) for name in names]
+    columns += [("images_per_s", "images/s", ".4g"), ("wall_s", "wall s", ".1f"), ("compile_s", "compile s", ".1f")]
+    there = f"{real.whole.count:,}" if real.whole.count else "an unknown number of"
+    fewer = sorted({row["samples"] for row in rows if row["samples"] < STANDARD})
+    caption = f"against {there} real images; from the same noise and conditions"
+    if fewer:
+        caption += f"; * {', '.join(f'{n:,}' for n in fewer)} samples, fewer than the standard {STANDARD:,}"
+    table = Table(
+        *(title for _, title, _ in columns), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for row in rows:
+        mark = "*" if row["samples"] < STANDARD else ""
+        cells = [cell(row.get(key), form) + (mark if key in names else "") for key, _, form in columns]
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,260 @@
+"""`ddistill evaluate` by networks' features: rows, times, files, and going on after it was cut off."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from linear_features import linear_features
+from parity import with_weights
+from PIL import Image
+from safetensors.numpy import save_file
+
+from ddistill import sharding
+from ddistill.cli import evaluate as command
+from ddistill.cli import main, study
+from ddistill.config import Data, Experiment
+from ddistill.datasets import LatentFolder
+from ddistill.evaluate import quality
+from ddistill.evaluate.quality import Spent, Study, draws, labels_in_turn
+from ddistill.evaluate.samplers import Sampler
+from ddistill.evaluate.seen import Seen
+from ddistill.evaluate.statistics import Statistics
+from ddistill.hub.weights import tensors_from
+from ddistill.integrators import Solution
+from ddistill.methods import KD, Consistency
+from ddistill.net import Net
+from ddistill.networks.autoencoder import DOWN, UP, AutoencoderKL, AutoencoderKLConfig
+from ddistill.process import edm
+from ddistill.runs import Opened
+
+SIDE, SPREAD = 8, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Images of independent pixels."""
+
+    count: int = 60
+
+    def load(self) -> Data:
+        x = SPREAD * np.random.default_rng(0).standard_normal((self.count, SIDE, SIDE, 3))
+        return Data({"x": x.astype(np.float32), "cond": np.arange(self.count) % 3}, (SIDE, SIDE, 3), 3)
+
+
+def gaussian(shift=0.0):
+    """The exact denoiser of N(shift, SPREAD²)."""
+
+    def apply(params, rest, x, t, cond, *, s=None, key=None):
+        t = t[:, None, None, None]
+        return params["shift"] + (x - params["shift"]) * SPREAD**2 / (SPREAD**2 + t**2)
+
+    return Net({"shift": jnp.asarray(shift)}, {}, apply)
+
+
+def flow_map():
+    """The student that takes noise where the exact flow of N(0, SPREAD²) does, in any number of steps."""
+
+    def apply(params, rest, x, t, cond, *, s=None, key=None):
+        return x * SPREAD / jnp.sqrt(SPREAD**2 + t[:, None, None, None] ** 2)
+
+    return Net({}, {}, apply)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a run with an exact teacher and an exact student, and networks that need no file."""
+    experiment = Experiment("noise", Consistency(), data=Noise())
+    opened = Opened(experiment, experiment.data.load(), gaussian(), flow_map())
+    monkeypatch.setattr(command, "open_run", lambda folder: opened)
+    monkeypatch.setattr(study, "load_features", lambda config, path, resize: linear_features(SIDE, name=config.name))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "experiment.json").write_text("{}")
+    return folder
+
+
+ARGV = ["--features", "dinov2-vit-s-14=dinov2.pth", "--samples", "40", "--batch-size", "16", "--steps", "1", "2"]
+
+
+def read(folder):
+    return json.loads((folder / "evaluation" / "table.json").read_text("utf-8"))
+
+
+def test_the_table_has_the_floor_the_teacher_and_the_student_with_their_times(run, capsys):
+    assert main(["evaluate", str(run), *ARGV, "--csv", str(run / "t.csv"), "--json", str(run / "t.json")]) == 0
+    table = read(run)
+    rows = table["rows"]
+    assert [(r["sampler"], r["steps"], r["nfe"], r["samples"]) for r in rows] == [
+        ("real, half against half (floor)", None, None, 30),
+        ("teacher, Heun", 18, 35, 40),
+        ("teacher, DPM-Solver++(2M)", 2, 2, 40),
+        ("teacher, DPM-Solver++(2M)", 1, 1, 40),
+        ("student", 1, 1, 40),
+        ("student", 2, 2, 40),
+    ]
+    for row in rows[1:]:
+        assert row["images_per_s"] > 0 and row["wall_s"] > 0 and row["compile_s"] > 0 and row["seed"] == 0
+        assert any("40 samples, fewer than the standard 50,000" in note for note in row["notes"])
+    by = {(r["sampler"], r["steps"]): r["fd_dinov2"] for r in rows}
+    # The teacher with 35 calls and the student draw what the data are; with one call the teacher draws the mean alone.
+    exact = [by["real, half against half (floor)", None], by["teacher, Heun", 18], by["student", 1], by["student", 2]]
+    assert by["student", 1] == pytest.approx(by["teacher, Heun", 18], rel=0.1)
+    assert max(exact) < 0.5 * by["teacher, DPM-Solver++(2M)", 1]
+    told = capsys.readouterr()
+    assert "FD-DINOv2" in told.out and "40 samples, fewer than the standard 50,000" in " ".join(told.out.split())
+    assert json.loads((run / "t.json").read_text())["rows"] == rows
+    for file in (run / "t.csv", run / "evaluation" / "table.csv"):
+        with file.open() as lines:
+            found = list(csv.DictReader(lines))
+        assert [float(r["fd_dinov2"]) for r in found] == [r["fd_dinov2"] for r in rows]
+    assert table["made"]["networks"]["dinov2"]["name"] == "dinov2-vit-s-14" and table["made"]["samples"] == 40
+
+
+def test_a_killed_evaluation_goes_on_after_its_last_row(run, monkeypatch, capsys):
+    whole, done = study.judge, []
+
+    def judge(sampler, what):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append((sampler.name, sampler.steps))
+        return whole(sampler, what)
+
+    monkeypatch.setattr(study, "judge", judge)
+    assert main(["evaluate", str(run), *ARGV]) == 130
+    assert "goes on after the last row" in capsys.readouterr().err
+    with (run / "evaluation" / "rows.jsonl").open("a") as file:
+        file.write('{"sampler": "cut o')
+    first = list(done)
+    done.clear()
+    assert main(["evaluate", str(run), *ARGV]) == 130
+    assert main(["evaluate", str(run), *ARGV]) == 130  # the fifth sampler is due
+    done.clear()
+    assert main(["evaluate", str(run), *ARGV]) == 0
+    assert done == [("student", 2)] and first == [("teacher, Heun", 18), ("teacher, DPM-Solver++(2M)", 2)]
+    assert len(read(run)["rows"]) == 6
+    # Nothing is left to do, and nothing is looked at again.
+    monkeypatch.setattr(study, "statistics_of", lambda *a, **k: pytest.fail("the reference is there"))
+    done.clear()
+    assert main(["evaluate", str(run), *ARGV]) == 0 and not done
+
+
+def test_another_evaluation_in_the_folder_is_refused(run, capsys):
+    folder = run / "evaluation"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"made": {"run": "other"}}\n')
+    assert main(["evaluate", str(run), *ARGV]) == 2
+    assert "holds another evaluation" in capsys.readouterr().err
+    (folder / "rows.jsonl").write_text("[]\n")
+    assert main(["evaluate", str(run), *ARGV]) == 2
+    assert "is not a file that this command wrote" in capsys.readouterr().err
+
+
+def test_statistics_and_folders_serve_as_reference(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "plan", lambda *a: [])
+    assert main(["evaluate", str(run), *ARGV]) == 0
+    saved = run / "evaluation" / "reference.npz"
+    assert main(["evaluate", str(run), *ARGV, "--reference", str(saved), "--out", str(tmp_path / "a")]) == 0
+    rows = [json.loads((f / "table.json").read_text())["rows"] for f in (run / "evaluation", tmp_path / "a")]
+    assert rows[0][0]["fd_dinov2"] == pytest.approx(rows[1][0]["fd_dinov2"], rel=1e-9)
+    other = tmp_path / "images"
+    other.mkdir()
+    for i in range(5):
+        Image.fromarray(np.full((9, 9, 3), 50 * i, np.uint8)).save(other / f"{i}.png")
+    argv = ["evaluate", str(run), *ARGV, "--reference", str(other), "--out", str(tmp_path / "b")]
+    assert main(argv) == 2
+    assert "5 of 9 x 9" in capsys.readouterr().err
+    assert main([*argv, "--crop"]) == 0
+    assert json.loads((tmp_path / "b" / "table.json").read_text())["made"]["reference"]["images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--features", "inception"], "give NETWORK=FILE"),
+        (["--features", "magic=a.pth"], "one of the networks inception, clip-vit-b-16"),
+        (["--features", "dinov2-vit-s-14=a", "--features", "dinov2-vit-b-14=b"], "two networks of the kind dinov2"),
+        (["--features", "dinov2-vit-s-14=a", "--metrics", "fid"], "fid need features of inception"),
+        (["--features", "dinov2-vit-s-14=a", "--metrics", "fad"], "no metric fad"),
+        (["--features", "dinov2-vit-s-14=a", "--samples", "1"], "at least 2"),
+        (["--metrics", "fid"], "only runs on digits can be judged by pixels"),
+    ],
+)
+def test_wrong_requests_get_words(run, capsys, flags, words):
+    assert main(["evaluate", str(run), *flags]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
+
+
+def judged_by(mesh, count, batch_size, *, draw=None):
+    shape = (SIDE, SIDE, 3)
+    none = Statistics(Seen(0, {}, {}, np.zeros(0)), None, {})
+    decode = lambda x: (np.asarray(x) + 1) / 2  # noqa: E731
+    return Study(edm(), shape, labels_in_turn(3, batch_size), decode, mesh, {}, (), none, count, batch_size)
+
+
+def test_samples_depend_on_their_number_alone():
+    eight, one = sharding.make_mesh(), sharding.local_mesh(jax.devices()[:1])
+
+    def draw(noise, labels, key):  # a third of the range for each label
+        return Solution((labels[:, None, None, None] - 1) / 2 + noise / 500, jnp.asarray(3))
+
+    def images(mesh, count, batch_size):
+        spent = Spent()
+        parts = list(draws(Sampler("s", jax.jit(draw)), judged_by(mesh, count, batch_size), spent))
+        assert spent.calls == 3 and spent.images == batch_size * len(parts)
+        assert [i for numbers, _ in parts for i in numbers] == list(range(count))
+        return np.concatenate([x for _, x in parts])
+
+    x = images(eight, 20, 8)
+    assert x.shape == (20, SIDE, SIDE, 3) and x.dtype == np.uint8
+    np.testing.assert_array_equal(images(one, 20, 8), x)
+    np.testing.assert_array_equal(images(eight, 11, 5), x[:11])  # batches that the devices do not divide
+    level = x.astype(int).reshape(20, -1).mean(1)
+    for label, brightness in enumerate((0.25, 0.5, 0.75)):
+        np.testing.assert_allclose(level[label::3], 255 * brightness, atol=6)
+
+
+def test_times_are_those_after_the_first_call(monkeypatch):
+    now = [0.0]
+
+    def draw(noise, labels, key):
+        now[0] += 100.0 if now[0] < 50 else 2.0  # the first call compiles
+        return Solution(noise, jnp.asarray(1))
+
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: now[0])
+    spent = Spent()
+    list(draws(Sampler("s", draw), judged_by(sharding.make_mesh(), 20, 8), spent))
+    assert (spent.compiling, spent.sampling, spent.images) == (100, 6, 24)
+
+
+def test_a_guided_student_has_a_guided_teacher_beside_it(monkeypatch):
+    experiment = Experiment("noise", KD(), data=Noise(), guidance=2.0)
+    opened = Opened(experiment, experiment.data.load(), gaussian(), gaussian())
+    names = [sampler.name for sampler in study.plan(opened, [1], "ddim", 10)]
+    assert names == ["teacher, DDIM, w = 2", "teacher, DPM-Solver++(2M), w = 2", "student"]
+
+
+def test_latents_are_decoded_by_the_autoencoder_that_is_given(tmp_path):
+    config = AutoencoderKLConfig(
+        down_block_types=(DOWN,) * 2, up_block_types=(UP,) * 2, block_out_channels=(4, 8), norm_num_groups=2,
+        latent_channels=3, shift_factor=0.1, scaling_factor=0.5,
+    )  # fmt: skip
+    params, rest, code = with_weights(AutoencoderKL(config, rngs=nnx.Rngs(0)))
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **dataclasses.asdict(config)}))
+    save_file(dict(tensors_from(params)), folder / "diffusion_pytorch_model.safetensors")
+    experiment = Experiment("latents", KD(), data=LatentFolder(Path("none")))
+    opened = Opened(experiment, Data({}, (4, 4, 3), 2), gaussian(), gaussian())
+    with pytest.raises(ValueError, match="samples are latents: give the folder of their autoencoder, --models"):
+        study.decoder(opened, None)
+    z = np.random.default_rng(0).standard_normal((3, 4, 4, 3)).astype(np.float32)
+    got = study.decoder(opened, tmp_path)(z)
+    expected = np.clip(jax.jit(lambda z: code(params, rest).decode(z))(z / 0.5 + 0.1), -1, 1)
+    np.testing.assert_allclose(got, (expected + 1) / 2, atol=1e-5)

@@ -1,0 +1,246 @@
+"""What networks see of images, kept as statistics: against the whole at once, and what is refused or skipped."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from linear_features import linear_features
+from PIL import Image
+
+from ddistill import sharding
+from ddistill.config import Data
+from ddistill.data.images import Pictures
+from ddistill.data.loading import Readable
+from ddistill.evaluate import frechet, seen
+from ddistill.evaluate.real import images_at, images_of, told
+from ddistill.evaluate.scores import chosen, scores, wanted
+from ddistill.evaluate.statistics import (
+    check_statistics,
+    open_statistics,
+    save_statistics,
+    statistics_in,
+    statistics_of,
+    with_moments,
+)
+
+SIDE, COUNT = 8, 37
+
+
+def png(pixels, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def pixels(seed, count=COUNT, side=SIDE):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {"dinov2": linear_features(SIDE)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, image in enumerate(pixels(0)):
+        (tmp_path / f"{i:02}.png").write_bytes(png(image))
+    return tmp_path
+
+
+WANTED = seen.Wanted(frozenset({"dinov2.embedding"}), frozenset({"dinov2.embedding"}))
+
+
+def statistics(images, networks, **options):
+    return statistics_of(images, networks, WANTED, **{"kept": 1000, "batch_size": 16, **options})
+
+
+def embeddings(networks, images):
+    return np.asarray(networks["dinov2"].apply(images)["embedding"], np.float64)
+
+
+def test_statistics_are_the_mean_and_covariance_of_all_features(folder, networks):
+    images = images_at(folder, (SIDE, SIDE, 3))
+    found = statistics(images, networks)
+    x = embeddings(networks, pixels(0))
+    moments = found.whole.moments["dinov2.embedding"]
+    np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moments.covariance, np.cov(x, rowvar=False), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.whole.rows["dinov2.embedding"], x, rtol=1e-4, atol=1e-5)
+    one, other = found.halves
+    assert (one.count, other.count) == (19, 18) and set(one.numbers) | set(other.numbers) == set(range(COUNT))
+    np.testing.assert_allclose(other.moments["dinov2.embedding"].mean, x[other.numbers].mean(0), rtol=1e-5, atol=1e-6)
+    assert found.about["images"] == COUNT and found.about["resolution"] == [SIDE, SIDE]
+    few = statistics(images, networks, kept=10)
+    assert few.whole.count == COUNT and few.whole.rows["dinov2.embedding"].shape[0] == 10 == len(few.whole.numbers)
+
+
+def test_a_file_gives_back_what_was_saved(folder, networks, tmp_path):
+    made = statistics(images_at(folder, (SIDE, SIDE, 3)), networks, kept=21)
+    file = tmp_path / "deep" / "s.npz"
+    save_statistics(file, made)
+    back = open_statistics(file)
+    assert back.about == made.about
+    for a, b in zip((made.whole, *made.halves), (back.whole, *back.halves), strict=True):
+        assert a.count == b.count
+        np.testing.assert_array_equal(a.numbers, b.numbers)
+        np.testing.assert_array_equal(a.rows["dinov2.embedding"], b.rows["dinov2.embedding"])
+        for of in ("mean", "covariance"):
+            x, y = (getattr(s.moments["dinov2.embedding"], of) for s in (a, b))
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+    assert check_statistics(file, back, networks, WANTED, (SIDE, SIDE, 3)) == ()
+
+
+def test_other_networks_weights_preprocessings_and_resolutions_are_refused(folder, networks, tmp_path):
+    made = statistics(images_at(folder, (SIDE, SIDE, 3)), networks)
+    file = tmp_path / "s.npz"
+    shape = (SIDE, SIDE, 3)
+    with pytest.raises(ValueError, match="another dinov2 network: digest"):
+        check_statistics(file, made, {"dinov2": linear_features(SIDE, 1)}, WANTED, shape)
+    with pytest.raises(ValueError, match="preprocessing 'plain8, 8 pixels' there, 'plain16, 16 pixels' here"):
+        check_statistics(file, made, {"dinov2": linear_features(16, 0)}, WANTED, shape)
+    with pytest.raises(ValueError, match="images of 8 x 8 pixels, and the samples have 16 x 16"):
+        check_statistics(file, made, networks, WANTED, (16, 16, 3))
+    with pytest.raises(ValueError, match="lacks inception.pool"):
+        check_statistics(file, made, networks, wanted(("fid",)), shape)
+
+
+def test_files_of_adm_and_edm_are_read_and_those_of_other_widths_refused(tmp_path):
+    inception = {"inception": linear_features(SIDE, pool=128, spatial=2023)}
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 128)), rng.standard_normal((40, 2023))
+    file = tmp_path / "adm.npz"
+    np.savez(file, mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=y.mean(0), sigma_s=np.cov(y, rowvar=False))
+    found = statistics_in(file)
+    assert found.halves is None and set(found.whole.moments) == {"inception.pool", "inception.spatial"}
+    np.testing.assert_allclose(found.whole.moments["inception.pool"].covariance, np.cov(x, rowvar=False))
+    (note,) = check_statistics(file, found, inception, wanted(("fid", "sfid")), (SIDE, SIDE, 3))
+    assert "does not tell its network" in note
+    np.savez(file, mu=x.mean(0)[:100], sigma=np.eye(100))
+    with pytest.raises(ValueError, match="100 numbers for inception.pool, and the network has 128"):
+        check_statistics(file, statistics_in(file), inception, wanted(("fid",)), (SIDE, SIDE, 3))
+    with pytest.raises(ValueError, match=r"lacks inception.pool, which these metrics need"):
+        check_statistics(file, statistics_in(file), inception, wanted(("kid",)), (SIDE, SIDE, 3))
+    np.savez(file, nothing=np.ones(3))
+    with pytest.raises(ValueError, match="holds nothing: statistics have mu and sigma"):
+        open_statistics(file)
+    file.write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match="cannot be read as .npz"):
+        statistics_in(file)
+    with pytest.raises(FileNotFoundError):
+        open_statistics(tmp_path / "none.npz")
+
+
+def test_arrays_of_images_are_a_reference_and_the_moments_beside_them_count(tmp_path, networks):
+    file = tmp_path / "batch.npz"
+    np.savez(file, arr_0=pixels(0), arr_1=np.zeros(COUNT))
+    assert statistics_in(file) is None
+    images = images_at(file, (SIDE, SIDE, 3))
+    made = statistics(images, networks)
+    np.testing.assert_allclose(
+        made.whole.rows["dinov2.embedding"], embeddings(networks, pixels(0)), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"holds uint8 \[8, 8, 3\]; reference images are bytes \(uint8\) \[16, 16, 3\]"
+    ):
+        images_at(file, (16, 16, 3))
+    theirs = statistics(images_at(file, (SIDE, SIDE, 3)), networks)
+    both = with_moments(made, theirs, file)
+    assert both.whole.moments["dinov2.embedding"] is theirs.whole.moments["dinov2.embedding"]
+    assert "moments of its own" in both.about["notes"][-1]
+
+
+def test_a_damaged_image_is_skipped_and_named(folder, networks):
+    (folder / "05.png").write_bytes(png(pixels(0)[5])[:60])
+    images = images_at(folder, (SIDE, SIDE, 3))
+    found = statistics(images, networks)
+    assert found.whole.count == found.about["images"] == COUNT - 1 and 5 not in found.whole.numbers
+    (note,) = found.about["notes"]
+    assert note.startswith(f"1 of {COUNT} images could not be read and were skipped: 05.png")
+
+
+def test_images_of_other_sizes_are_refused_or_cut(folder, networks):
+    (folder / "wide.png").write_bytes(png(np.zeros((24, 40, 3), np.uint8)))
+    with pytest.raises(
+        ValueError, match=r"2 sizes: 37 of 8 x 8 \(00.png\), 1 of 40 x 24 \(wide.png\), and the .* --crop"
+    ):
+        images_at(folder, (SIDE, SIDE, 3))
+    assert statistics(images_at(folder, (SIDE, SIDE, 3), crop=True), networks).whole.count == COUNT + 1
+    with pytest.raises(ValueError, match="the samples are 16 x 16"):
+        images_at(folder, (16, 16, 3))
+
+
+def test_a_turned_image_counts_as_it_is_seen(tmp_path, networks):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.png").write_bytes(png(np.zeros((8, 12, 3), np.uint8), exif=exif))
+    with pytest.raises(ValueError, match="1 of 8 x 12"):
+        images_at(tmp_path, (SIDE, SIDE, 3))
+
+
+def test_grey_images_among_colours_are_counted_and_named(folder):
+    for name in ("20.png", "30.png"):
+        (folder / name).write_bytes(png(pixels(0)[0, :, :, 0]))
+    images = images_at(folder, (SIDE, SIDE, 3))
+    assert told(images) == (f"2 of {COUNT} images are grey, and were made RGB: 20.png, 30.png",)
+    (_, batch), *_ = images.batches(COUNT)
+    np.testing.assert_array_equal(batch[20], np.repeat(pixels(0)[0, :, :, :1], 3, axis=2))
+
+
+def test_folders_without_an_image_are_refused(tmp_path, networks):
+    with pytest.raises(ValueError, match="holds no images"):
+        images_at(tmp_path, (SIDE, SIDE, 3))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        images_at(tmp_path / "none", (SIDE, SIDE, 3))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="holds no image that can be read; 1 of 1 images could not be read"):
+        statistics(images_at(tmp_path, (SIDE, SIDE, 3)), networks)
+
+
+def test_data_of_a_run_is_neither_mirrored_nor_cut_at_random():
+    x = pixels(3)
+    contents = [png(np.pad(image, ((0, 0), (4, 4), (0, 0)))) for image in x]
+    names = [f"{i}.png" for i in range(COUNT)]
+    data = Data({}, (SIDE, SIDE, 3), 0, items=Readable(Pictures(names, lambda i: contents[i], SIDE, crop="random")))
+    images = images_of(data, "the data")
+    np.testing.assert_array_equal(np.concatenate([batch for _, batch in images.batches(10)]), x)
+    rows = images_of(Data({"x": x / np.float32(127.5) - 1}, (SIDE, SIDE, 3), 0), "the data")
+    np.testing.assert_array_equal(np.concatenate([batch for _, batch in rows.batches(10)]), x)
+    with pytest.raises(ValueError, match=r"networks look at images"):
+        images_of(Data({"x": np.zeros((5, 2))}, (2,), 0), "the data")
+
+
+def test_one_device_sees_what_eight_see(networks, monkeypatch):
+    batches = [(np.arange(i, min(i + 16, COUNT)), pixels(0)[i : i + 16]) for i in range(0, COUNT, 16)]
+    other = [(np.arange(20), pixels(1)[:20] // 4)]
+
+    def judged():
+        (real,) = seen.look(networks, batches, WANTED, batch_size=16)
+        (fake,) = seen.look(networks, other, WANTED, batch_size=20)
+        rename = {"inception.pool": "dinov2.embedding", "cmmd.embedding": "dinov2.embedding"}
+        names = ("fd_dinov2", "kid", "precision", "recall", "density", "coverage", "cmmd")
+        fake, real = (
+            seen.Seen(s.count, s.moments, {**s.rows, **{k: s.rows[v] for k, v in rename.items()}}, s.numbers)
+            for s in (fake, real)
+        )
+        return scores(names, fake, real)
+
+    eight = judged()
+    mesh = sharding.local_mesh(jax.devices()[:1])
+    monkeypatch.setattr(seen, "local_mesh", lambda: mesh)
+    monkeypatch.setattr(sharding, "make_mesh", lambda fsdp=1: mesh)
+    assert judged() == pytest.approx(eight, rel=1e-6, abs=1e-9)
+    x, y = embeddings(networks, pixels(0)), embeddings(networks, pixels(1)[:20] // 4)
+    assert eight["fd_dinov2"] == pytest.approx(frechet(y, x), rel=1e-4) and eight["kid"] > 0
+
+
+def test_metrics_are_named_with_the_networks_they_need():
+    assert chosen("fid, is", {"inception"}) == ("fid", "inception_score")
+    assert set(chosen(None, {"cmmd"})) == {"cmmd"} and "fid" in chosen(None, {"inception"})
+    with pytest.raises(ValueError, match="no metric fdi; known are fid"):
+        chosen("fdi", {"inception"})
+    with pytest.raises(ValueError, match="fd_dinov2 need features of dinov2: give the file of its weights"):
+        chosen("fid,fd_dinov2", {"inception"})
+    assert json.dumps(sorted(wanted(("fid", "kid")).moments)) == '["inception.pool"]'
