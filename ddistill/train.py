@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 
 from ddistill import sharding
 from ddistill.gathering import Place
-from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Progress, Space
+from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Nets, Progress, Space
 from ddistill.net import Net, laid_out
 
 PyTree = Any
-Nets = Mapping[str, Net]
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +96,7 @@ def make_trainer(
         names = sorted(method.init)
         return {n: method.init[n](teacher, jax.random.fold_in(key, i), space) for i, n in enumerate(names)}
 
-    def build(nets: Nets, key: Array, space: Space) -> State:
+    def build(nets: Mapping[str, Net], key: Array, space: Space) -> State:
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(jnp.array, tree)  # donated states must not share buffers with the teacher
 
@@ -111,7 +110,7 @@ def make_trainer(
             memory={n: memory.init(nets, space) for n, memory in method.memory.items()},
         )
 
-    def init(nets: Nets, key: Array, space: Space = UNKNOWN) -> State:
+    def init(nets: Mapping[str, Net], key: Array, space: Space = UNKNOWN) -> State:
         return sharding.created(mesh, lambda nets, key: build(nets, key, space), nets, key, rule=rule)
 
     def begin(teacher: Net, key: Array, space: Space = UNKNOWN) -> tuple[dict[str, Net], State]:
@@ -123,7 +122,7 @@ def make_trainer(
         return sharding.created(mesh, both, teacher, key, rule=rule)
 
     def step(
-        state: State, nets: Nets, batch: Batch, turn: tuple[str, ...], progress: Progress
+        state: State, nets: Mapping[str, Net], batch: Batch, turn: tuple[str, ...], progress: Progress
     ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, draw) if draw else state.key, state.step)
         current = dict(nets)
@@ -135,16 +134,23 @@ def make_trainer(
         batch = {**batch, **state.memory}
 
         params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
-        metrics: dict[str, Array] = {}
-        for name in turn:
 
-            def loss(p, part, key, name=name):
-                return method.losses[name]({**current, name: current[name].replace(params=p)}, part, progress, key)
+        def losses(trained, part, key):
+            total, info, made = jnp.zeros(()), {}, {}
+            for name in (name for name in method.losses if name in turn):
+                # Each is differentiated by its own network alone, so that the gradient of the sum is that of each.
+                seen = Nets({**current, name: current[name].replace(params=trained[name])}, name, made)
+                value, more = method.losses[name](seen, part, progress, key)
+                total += value
+                info |= {f"{name}/{k}": v for k, v in {"loss": value, **more}.items()}
+            return total, info
 
-            grad, info = _gradient(loss, state.params[name], batch, key, accumulate)
-            updates, opt[name] = guarded[name].update(grad, state.opt[name], state.params[name])
+        gradients, info = _gradient(losses, {n: state.params[n] for n in turn}, batch, key, accumulate)
+        metrics: dict[str, Array] = dict(info)
+        for name, gradient in gradients.items():
+            updates, opt[name] = guarded[name].update(gradient, state.opt[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
-            metrics |= {f"{name}/{k}": v for k, v in info.items()} | {f"{name}/grad_norm": optax.tree.norm(grad)}
+            metrics[f"{name}/grad_norm"] = optax.tree.norm(gradient)
         for name, (source, decay) in method.ema.items():
             if source in turn:
                 kept = decay(progress) if callable(decay) else decay
@@ -185,8 +191,7 @@ def _gradient(loss, params, batch, key, parts):
     """Gradient and metrics of loss(params, batch, key), averaged over equal parts of the batch."""
 
     def one(part, key):
-        (value, info), grad = jax.value_and_grad(loss, has_aux=True)(params, part, key)
-        return grad, {"loss": value, **info}
+        return jax.grad(loss, has_aux=True)(params, part, key)
 
     if parts == 1:
         return one(batch, key)

@@ -8,7 +8,7 @@ from jax import Array
 
 from ddistill.losses.score import DirectionWeight, Normalised, directed, divergence_gradient
 from ddistill.losses.times import Descending, TimeLaw, law_at
-from ddistill.methods.base import Method, Sampling, from_teacher
+from ddistill.methods.base import Method, Sampling, from_teacher, once
 from ddistill.methods.consistency import renoising_times
 from ddistill.methods.fake_scores import Auxiliary, Drawn, Fake, MultiSample
 from ddistill.methods.kd import KD
@@ -51,9 +51,12 @@ class DMD:
         def draw(nets, batch, key) -> Drawn:
             k_start, k_net, k_fake, _ = jax.random.split(key, 4)
             cond = batch.get("cond")
-            x_t, t = self.start(process, frozen(nets["student"]), batch["x"].shape, cond, k_start)
-            x = nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
-            return Drawn(x, cond, nets, batch, k_fake)
+
+            def generate():
+                x_t, t = self.start(process, frozen(nets["student"]), batch["x"].shape, cond, k_start)
+                return nets["student"].jump(process, x_t, t, jnp.zeros_like(t), cond, key=k_net)
+
+            return Drawn(once(nets, "student", key, generate), cond, nets, batch, k_fake)
 
         def loss(nets, batch, progress, key):
             drawn = draw(nets, batch, key)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.methods.adversarial import Adversary
-from ddistill.methods.base import Method, Sampling, from_teacher
+from ddistill.methods.base import Method, Sampling, from_teacher, once
 from ddistill.methods.consistency import renoising_times
 from ddistill.net import Net
 from ddistill.process import Process
@@ -37,11 +37,11 @@ class GAN:
         """The method on a process."""
 
         def student(nets, batch, progress, key):
-            fake, origin, k_gan = self.fakes(process, nets["student"], batch, key)
+            fake, origin, k_gan = once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
             return self.adversary.generator(process, nets, fake, batch.get("cond"), k_gan, origin), {}
 
         def discriminator(nets, batch, progress, key):
-            fake, origin, k_gan = self.fakes(process, nets["student"], batch, key)
+            fake, origin, k_gan = once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
             return self.adversary.discriminator(process, nets, batch["x"], fake, batch.get("cond"), k_gan, origin)
 
         return Method(
@@ -56,7 +56,7 @@ class GAN:
         )
 
     def fakes(self, process: Process, student: Net, batch: Mapping[str, Any], key: Array) -> tuple[Array, Array, Array]:
-        """x̂ [B, ...], τ [B] and a key that is left; alike in all losses of a step, so that x̂ is computed once."""
+        """x̂ [B, ...], τ [B] and a key that is left; the same for all losses of a step."""
         k_first, k_other, k_noise, k_net, k_left = jax.random.split(key, 5)
         x0, nodes = batch["x"], renoising_times(process, self.steps, self.inner)[:-1]
         other = jax.random.randint(k_other, x0.shape[:1], 1, max(self.steps, 2)) % self.steps
