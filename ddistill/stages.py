@@ -105,6 +105,7 @@ def run(
     key: jax.Array,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    rule: sharding.Rule = sharding.Rule(),  # noqa: B008
     log: Log | None = None,
     workdir: Path | None = None,
     log_every: int = 50,
@@ -119,9 +120,9 @@ def run(
 
     With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
     where it stopped, with the same result as if it had not. Damaged checkpoints are skipped, and told of in the log.
-    log_every, checkpoint_every, steps_per_dispatch, ahead: the loop's `Pace`. profile: the steps of each stage of which
-    a profiler's trace is written under the workdir. Raises Stopped where `stop` asks for it, with the state saved, and
-    DivergedError as `divergence` says.
+    rule: how parameters lie on the mesh. log_every, checkpoint_every, steps_per_dispatch, ahead: the loop's `Pace`.
+    profile: the steps of each stage of which a profiler's trace is written under the workdir. Raises Stopped where
+    `stop` asks for it, with the state saved, DivergedError as `divergence` says, and as `prepare`.
     """
     results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -133,20 +134,15 @@ def run(
     traced = False
     last: tuple[Stage, Trainer] | None = None
     for i, stage in enumerate(stages):
-        before = results[-1] if results else first
-        trainer = last[1] if last and _trains_alike(last[0], stage) else trainer_of(stage, mesh)
+        before = sharding.spread(mesh, results[-1] if results else first, rule)
+        trainer = last[1] if last and _trains_alike(last[0], stage) else trainer_of(stage, mesh, rule)
         last = stage, trainer
         trace = Profile(profile, workdir / "profile" / stage.name) if workdir is not None else Profile()
-        with (
-            Checkpoints(workdir / "checkpoints" / stage.name, tell=tell)
-            if workdir is not None
-            else contextlib.nullcontext()
-        ) as checkpoints:
-            made = _carried_out(
-                stage, trainer, before, jax.random.fold_in(key, i),
-                checkpoints=checkpoints, pace=pace, log=log, divergence=divergence or Divergence(), profile=trace,
-                stop=stop,
-            )  # fmt: skip
+        folder = None if workdir is None else workdir / "checkpoints" / stage.name
+        made = _carried_out(
+            stage, trainer, before, jax.random.fold_in(key, i), folder,
+            pace=pace, log=log, tell=tell, divergence=divergence or Divergence(), profile=trace, stop=stop,
+        )  # fmt: skip
         results.append(made)
         traced |= trace.written
     if profile is not None and not traced:
@@ -159,44 +155,48 @@ def _carried_out(
     trainer: Trainer,
     before: Net,
     key: jax.Array,
+    folder: Path | None,
     *,
-    checkpoints: Checkpoints | None,
     pace: Pace,
     log: Log,
+    tell: Callable[[str], None],
     divergence: Divergence,
     profile: Profile,
     stop: Stop,
 ) -> Net:
     """The result of a stage, from where its checkpoints are; after divergence anew from there, if that is wanted."""
+    saved = (lambda: Checkpoints(folder, tell=tell)) if folder is not None else contextlib.nullcontext
+    backs = Rollbacks(folder, jax.process_index() == 0)
     source: Source | None = None
-    backs = Rollbacks(checkpoints and checkpoints.directory, jax.process_index() == 0)
     while True:
         clock, count = Clock(), len(backs.done)
-        with clock.of("start"):
-            used = trainer if not count else trainer_of(stage, trainer.mesh, divergence.rate**count, count)
-            teacher, guided = stage.enter(before), stage.enter(stage.guide(before))
-            nets, state = prepare(used, teacher, guided, key, stage.space)
-            if checkpoints is not None and checkpoints.latest() is not None:
-                state = checkpoints.restore(state)
-            first = int(state.step)
-            if first < stage.steps and source is None:
-                source = stage.source(nets["teacher"])
-        if source is None:
-            return result(used, state, nets)
         try:
-            state = fit(
-                used, state, nets, _later(source, backs.skipped),
-                stage=stage.name, steps=stage.steps, round=stage.round, pace=pace, log=log, checkpoints=checkpoints,
-                stop=stop, divergence=divergence, profile=profile, clock=clock,
-            )  # fmt: skip
-            return result(used, state, nets)
+            with saved() as checkpoints:
+                with clock.of("start"):
+                    if count:
+                        trainer = trainer_of(stage, trainer.mesh, trainer.rule, divergence.rate**count, count)
+                    teacher, guided = stage.enter(before), stage.enter(stage.guide(before))
+                    nets, state = prepare(trainer, teacher, guided, key, stage.space)
+                    if checkpoints is not None and checkpoints.latest() is not None:
+                        state = checkpoints.restore(state)
+                    if int(state.step) < stage.steps:
+                        source = source or stage.source(nets["teacher"])
+                        skipping = _later(source, backs.skipped)
+                if source is not None:
+                    state = fit(
+                        trainer, state, nets, skipping,
+                        stage=stage.name, steps=stage.steps, round=stage.round, pace=pace, log=log, stop=stop,
+                        checkpoints=checkpoints, divergence=divergence, profile=profile, clock=clock,
+                    )  # fmt: skip
+                return result(trainer, state, nets)
         except DivergedError as error:
             if divergence.action == "stop":
                 raise
             if count >= divergence.most:
                 raise DivergedError(f"{error}. That was after {count} rollbacks", error.step) from error
-            to = (checkpoints and checkpoints.latest()) or 0
-            backs.add(Back(error.step, to))
+            with saved() as checkpoints:  # opened anew: what was being written is there now
+                to = (checkpoints and checkpoints.latest()) or 0
+                backs.add(Back(error.step, to))
             log.note(
                 f"{error}. Rollback {count + 1} of {divergence.most}: back to step {to}, without the "
                 f"{error.step - to} batches since, and with {divergence.rate ** (count + 1):g} times the learning rate"
@@ -208,15 +208,21 @@ def _later(source: Source, skipped: int) -> Source:
     return (lambda step: source(step + skipped)) if skipped else source
 
 
-def trainer_of(stage: Stage, mesh: jax.sharding.Mesh, rate: float = 1.0, draw: int = 0) -> Trainer:
+def trainer_of(
+    stage: Stage,
+    mesh: jax.sharding.Mesh,
+    rule: sharding.Rule = sharding.Rule(),  # noqa: B008
+    rate: float = 1.0,
+    draw: int = 0,
+) -> Trainer:
     """What trains a stage, with optimisers made for the number of updates that each network gets.
 
-    rate: what learning rates are multiplied by. draw: see `make_trainer`.
+    rule: how parameters lie on the mesh. rate: what learning rates are multiplied by. draw: see `make_trainer`.
     """
     optimizers = {n: stage.optimizer(-(-stage.steps // stage.method.every.get(n, 1))) for n in stage.method.losses}
     if rate != 1:
         optimizers = {n: slower(optimizer, rate) for n, optimizer in optimizers.items()}
-    return make_trainer(stage.method, optimizers, mesh=mesh, accumulate=stage.accumulate, draw=draw)
+    return make_trainer(stage.method, optimizers, mesh=mesh, rule=rule, accumulate=stage.accumulate, draw=draw)
 
 
 def _trains_alike(a: Stage, b: Stage) -> bool:
@@ -227,12 +233,13 @@ def _trains_alike(a: Stage, b: Stage) -> bool:
 def prepare(
     trainer: Trainer, teacher: Net, guided: Net, key: jax.Array, space: Space = UNKNOWN
 ) -> tuple[dict[str, Net], State]:
-    """The networks that a trainer's losses see (those it trains without params) and the state at step 0."""
-    k_nets, k_state = jax.random.split(key)
-    nets = trainer.start(teacher, k_nets, space)
-    state = trainer.init(nets, k_state, space)
-    whole = {"teacher": guided, **{n: net.replace(params=None) for n, net in nets.items()}}
-    return jax.device_put(whole, sharding.state_shardings(trainer.mesh, whole)), state
+    """The networks that a trainer's losses see (those it trains without params) and the state at step 0.
+
+    Raises ValueError for exceptions to the trainer's rule that fit no parameter.
+    """
+    nets, state = trainer.begin(teacher, key, space)
+    trainer.rule.check(trainer.mesh, {"teacher": teacher, "params": state.params})
+    return sharding.spread(trainer.mesh, {"teacher": guided, **nets}, trainer.rule), state
 
 
 def result(trainer: Trainer, state: State, nets: dict[str, Net]) -> Net:
