@@ -1,0 +1,1 @@
+"""What an experiment takes on a pod that is not there: memory, time, what bounds it, and its cost."""

@@ -13,10 +13,12 @@ from ddistill import sharding
 from ddistill.config import Experiment
 from ddistill.dry_run import Built, bytes_on
 from ddistill.lora import is_adapted
+from ddistill.plan.changes import changed
 from ddistill.plan.gathers import Least, least
 from ddistill.plan.memory import peak
 from ddistill.plan.programs import SAMPLER, Program, placed, programs, split_of
 from ddistill.plan.work import Work, count
+from ddistill.train import State
 
 PyTree = Any
 
@@ -25,13 +27,15 @@ PyTree = Any
 class Analysed:
     """One program on each chip.
 
-    stage, share, images: as in `Program`. work: its products. model: operations that the losses need, those aside that
-    only rematerialisation repeats. held: bytes of its arguments by what they are. temporaries: an estimate of what it
-    holds besides. traffic: bytes to and from memory where all but products is fused into them. least: what must be sent.
+    stage, steps, share, images: as in `Program`. work: its products. model: operations that the losses need, without
+    those that only rematerialisation repeats. held: bytes of its arguments by what they are. temporaries: an estimate
+    of what it holds besides. traffic: bytes to and from memory where all but products is fused into them. least: what
+    must be sent.
     """
 
     name: str
     stage: str
+    steps: int
     share: float
     images: int
     work: Work
@@ -49,16 +53,19 @@ class Analysed:
 
 @dataclass(frozen=True)
 class Traced:
-    """The programs of an experiment traced with a part of the batch, the one that a device gets: the rest is arithmetic.
+    """The programs of an experiment traced with the part of a batch that one chip gets; the rest is arithmetic.
 
-    rows: each with its jaxpr and the work that does not grow with the batch. parts: the samples of that part.
+    jaxprs, works: of each. fixed: the work of each that does not grow with the batch. model: operations of each but for
+    those that only rematerialisation repeats.
     """
 
-    rows: list[tuple[Program, Any, Work]]
+    programs: list[Program]
+    jaxprs: list[Any]
+    works: list[Work]
+    fixed: list[Work]
     model: list[float]
     built: list[Built]
     notes: list[str]
-    parts: int
 
 
 def check_batch(experiment: Experiment, chips: int) -> int:
@@ -76,21 +83,32 @@ def check_batch(experiment: Experiment, chips: int) -> int:
 
 
 def traced(experiment: Experiment, samples: int, **options: Any) -> Traced:
-    """Trace the programs with so many samples. options: as for `programs`."""
+    """Trace the programs with so many samples, and as often as it takes to tell their work apart.
+
+    options: as for `programs`.
+    """
+    seen = traced_once(experiment, samples, **options)
+    if any(is_adapted(net) for part in seen.built for net in part.nets.values()):  # products of an adapter's factors
+        seen = dataclasses.replace(seen, fixed=fixed_of(seen, traced_once(experiment, 2 * samples, **options)))
+    if getattr(experiment.network, "remat", False):
+        kept = changed(experiment, {"remat": False})
+        model = [work.flops for work in traced_once(kept, samples, **options).works]
+        seen = dataclasses.replace(seen, model=model)
+    return seen
+
+
+def traced_once(experiment: Experiment, samples: int, **options: Any) -> Traced:
+    """Trace the programs with so many samples, as if all work grew with them and nothing were repeated."""
     mine = dataclasses.replace(experiment, batch_size=samples)
     found, built, notes = programs(mine, samples=samples, **options)
     jaxprs = [program.trace().jaxpr for program in found]
     works = [count(jaxpr) for jaxpr in jaxprs]
-    fixed = [Work()] * len(found)
-    if any(is_adapted(net) for part in built for net in part.nets.values()):  # products of factors, whatever the batch
-        twice = dataclasses.replace(experiment, batch_size=2 * samples)
-        again = [count(program.trace().jaxpr) for program in programs(twice, samples=2 * samples, **options)[0]]
-        fixed = [work.times(2) + more.times(-1) for work, more in zip(works, again, strict=True)]
-    model = [work.flops for work in works]
-    if getattr(experiment.network, "remat", False):
-        kept = dataclasses.replace(mine, network=dataclasses.replace(mine.network, remat=False))
-        model = [count(program.trace().jaxpr).flops for program in programs(kept, samples=samples, **options)[0]]
-    return Traced(list(zip(found, jaxprs, fixed, strict=True)), model, built, notes, samples)
+    return Traced(found, jaxprs, works, [Work()] * len(found), [work.flops for work in works], built, notes)
+
+
+def fixed_of(once: Traced, twice: Traced) -> list[Work]:
+    """The work that does not grow with the batch, of programs traced with a batch and with one twice as large."""
+    return [one.times(2) + two.times(-1) for one, two in zip(once.works, twice.works, strict=True)]
 
 
 def analysed(experiment: Experiment, chips: int, seen: Traced, *, flash: bool = False) -> list[Analysed]:
@@ -99,30 +117,38 @@ def analysed(experiment: Experiment, chips: int, seen: Traced, *, flash: bool = 
     seen: of this experiment, traced with the samples that a chip gets. flash: attention never writes its weights.
     """
     mesh = sharding.abstract_mesh(chips, *split_of(experiment))
-    split = mesh.size // mesh.shape["data"]
+    tensor, split = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["tensor"]
     rows = []
-    for (program, jaxpr, fixed), model in zip(seen.rows, seen.model, strict=True):
+    for i, program in enumerate(seen.programs):
         part = next((b for b in seen.built if b.stage.name == program.stage), seen.built[-1])
-        tensor = mesh.shape.get("tensor", 1)
-        # Products of adapters' factors are split as the parameters are, and done again on every copy of them.
-        work = (count(jaxpr) + fixed.times(-1)).times(1 / tensor) + fixed.times(1 / split)
-        grows = (model - fixed.flops) / tensor + fixed.flops / split
-        state, nets = (part.state, part.nets) if program.stage != SAMPLER else ({}, {"student": part.result})
-        held = _held(state, nets, mesh, part)
+        samples = program.stage == SAMPLER
+        state, nets = (None, {"student": part.result}) if samples else (part.state, part.nets)
+        fixed, jaxpr = seen.fixed[i], seen.jaxprs[i]
+        # Products of adapters' factors are split as parameters are, and done again on every copy of them.
+        work = (seen.works[i] + fixed.times(-1)).times(1 / tensor) + fixed.times(1 / split)
+        leaves = _leaves(nets["student"] if samples else (state, nets), mesh, part)
+        parts = {tuple(x.shape): float(n) for _, x, n in leaves if n > 1}
         rows.append(
             Analysed(
-                program.name, program.stage, program.share, program.images * mesh.shape["data"] * mesh.shape["fsdp"],
-                work, grows, held, peak(jaxpr, _parts_of(state, nets, mesh, part), flash=flash),
+                program.name,
+                program.stage,
+                program.steps,
+                program.share,
+                program.images * mesh.shape["data"] * mesh.shape["fsdp"],
+                work,
+                (seen.model[i] - fixed.flops) / tensor + fixed.flops / split,
+                _held(state, nets, mesh, part),
+                peak(jaxpr, parts, flash=flash),
                 (work.flash if flash else work.bytes) + _updates(part, program, mesh),
-                _least(jaxpr, program, state, nets, mesh, part),
+                _least(jaxpr, program, leaves, mesh),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
-def _held(state: PyTree, nets: Mapping[str, Any], mesh: AbstractMesh, part: Built) -> dict[str, float]:
+def _held(state: State | None, nets: Mapping[str, Any], mesh: AbstractMesh, part: Built) -> dict[str, float]:
     rule = part.trainer.rule
-    if not state:
+    if state is None:
         return {"parameters": bytes_on(nets, mesh, rule)}
     teacher, others = nets["teacher"], {name: net for name, net in nets.items() if name != "teacher"}
     found = {
@@ -136,32 +162,19 @@ def _held(state: PyTree, nets: Mapping[str, Any], mesh: AbstractMesh, part: Buil
     return {name: size for name, size in found.items() if size}
 
 
-def _leaves(state: PyTree, nets: PyTree, mesh: AbstractMesh, part: Built) -> list[tuple[str, Any, int]]:
+def _leaves(tree: PyTree, mesh: AbstractMesh, part: Built) -> list[tuple[str, Any, int]]:
     """Paths, shapes and numbers of parts of all that a program holds, in the order of its arguments."""
-    flat = jax.tree.leaves_with_path(placed((state, nets), mesh, rule=part.trainer.rule))
     return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), x, x.size // math.prod(x.sharding.shard_shape(x.shape)))
-        for path, x in flat
+        (sharding.name_of(path), x, x.size // math.prod(x.sharding.shard_shape(x.shape)))
+        for path, x in jax.tree.leaves_with_path(placed(tree, mesh, part.trainer.rule))
     ]
 
 
-def _parts_of(state: PyTree, nets: PyTree, mesh: AbstractMesh, part: Built) -> dict[tuple[int, ...], float]:
-    return {tuple(x.shape): n for _, x, n in _leaves(state, nets, mesh, part) if n > 1}
-
-
-def _least(
-    jaxpr: Any, program: Program, state: PyTree, nets: PyTree, mesh: AbstractMesh, part: Built
-) -> Least:
-    if program.stage == SAMPLER:
-        nets = nets["student"]  # the sampler's only network is its first argument
-        leaves = [(path, x, n) for path, x, n in _leaves((), nets, mesh, part)]
-    else:
-        leaves = _leaves(state, nets, mesh, part)
+def _least(jaxpr: Any, program: Program, leaves: list[tuple[str, Any, int]], mesh: AbstractMesh) -> Least:
     parts = [n for _, _, n in leaves]
-    own = tuple(f"0.params.{name}" for name in program.turn)
-    updated = [i for i, (path, x, _) in enumerate(leaves) if path.startswith(own) and program.turn]
-    parts += [1] * (len(jaxpr.in_avals) - len(parts))
-    return least(jaxpr, parts, updated, mesh.shape["fsdp"], mesh.shape["data"])
+    own = tuple(f"0.params.{name}." for name in program.turn)
+    updated = [i for i, (path, _, _) in enumerate(leaves) if own and path.startswith(own)]
+    return least(jaxpr, parts + [1] * (len(jaxpr.in_avals) - len(parts)), updated, **mesh.shape)
 
 
 def _updates(part: Built, program: Program, mesh: AbstractMesh) -> float:

@@ -98,8 +98,8 @@ def check_libtpu() -> None:
 def _environment() -> dict[str, str]:
     """No TPU is looked for, no cache is kept: what is compiled here cannot be loaded here."""
     own = {
-        "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false",
     }  # fmt: skip
     return {**os.environ, **own}
 
@@ -130,6 +130,7 @@ def main(request: str, answers: str) -> None:
 
 
 def _compile_all(asked: Mapping[str, Any]) -> Iterator[Compiled]:
+    from ddistill.plan.changes import changed
     from ddistill.plan.programs import SAMPLER, mesh_of, programs
     from ddistill.runs import load_experiment
 
@@ -140,14 +141,6 @@ def _compile_all(asked: Mapping[str, Any]) -> Iterator[Compiled]:
     for program in programs(experiment, mesh, **options)[0]:
         if only is None or (program.stage == SAMPLER) == (only == SAMPLER):
             yield _compile(program)
-
-
-def changed(experiment: Any, changes: Mapping[str, Any]) -> Any:
-    """The experiment with other fields; remat is its network's."""
-    fields = {name: value for name, value in changes.items() if name != "remat"}
-    if "remat" in changes:
-        fields["network"] = dataclasses.replace(experiment.network, remat=changes["remat"])
-    return dataclasses.replace(experiment, **fields)
 
 
 def _devices(topology: str) -> list[Any]:
@@ -195,7 +188,11 @@ def _why(message: str) -> str:
 
 def _needed(message: str) -> float:
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    for pattern in (r"Used ([\d.]+)([KMGT]) of", r"temporaries \(([\d.]+)([KMGT])\) exceeds", r"([\d.]+)([KMGT]) exceeds"):
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]) of",
+        r"temporaries \(([\d.]+)([KMGT])\) exceeds",
+        r"([\d.]+)([KMGT]) exceeds",
+    ):
         if (match := re.search(pattern, message)) is not None:
             return float(match.group(1)) * units[match.group(2)]
     return 0.0

@@ -52,12 +52,18 @@ CHIPS = {
         _tpu("v5p", 459, 95 * GIB, 95.74 * GIB, 2765, 600, f"{_TPU}v5p; half of its 1200 GB/s in both directions"),
         _tpu("v6e", 918, 32 * GIB, 31.25 * GIB, 1638, 400, f"{_TPU}v6e; half of its 800 GB/s in both directions"),
         _gpu("a100-80", (312, 156, 19.5), 80, 2039, 300, "NVIDIA A100 datasheet, SXM4; half of NVLink's 600 GB/s"),
-        _gpu("h100", (989.4, 494.7, 66.9), 80, 3350, 450, "NVIDIA H100 datasheet, SXM5, dense; half of NVLink's 900 GB/s"),
-        _gpu("h200", (989.4, 494.7, 66.9), 141, 4800, 450, "NVIDIA H200 datasheet, SXM, dense; half of NVLink's 900 GB/s"),
-        _gpu("b200", (2250, 1100, 80), 180, 8000, 900, "NVIDIA HGX B200, DGX B200 datasheets; half of NVLink's 1.8 TB/s"),
+        _gpu(
+            "h100", (989.4, 494.7, 66.9), 80, 3350, 450, "NVIDIA H100 datasheet, SXM5, dense; half of NVLink's 900 GB/s"
+        ),
+        _gpu(
+            "h200", (989.4, 494.7, 66.9), 141, 4800, 450, "NVIDIA H200 datasheet, SXM, dense; half of NVLink's 900 GB/s"
+        ),
+        _gpu(
+            "b200", (2250, 1100, 80), 180, 8000, 900, "NVIDIA HGX B200, DGX B200 datasheets; half of NVLink's 1.8 TB/s"
+        ),
     )
 }
-"""Chips by name. usable of TPUs: what libtpu's compiler allows a program (see its message for one that is too large)."""
+"""Chips by name. usable of TPUs: what libtpu's compiler allows a program, by its message for one that is too large."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _FREE = {
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota", "after-all",
-    "partition-id", "replica-id", "copy-done", "slice-done", "all-gather-done", "all-reduce-done", "optimization-barrier",
-    "collective-permute-done", "async-done", "async-update", "reshape", "broadcast",
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
+    "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "all-gather-done", "all-reduce-done",
+    "optimization-barrier", "collective-permute-done", "async-done", "async-update", "reshape", "broadcast",
 }  # fmt: skip
 """Instructions that move nothing, or whose beginning has been counted."""
 
@@ -160,8 +160,8 @@ def _called(line: Instruction) -> dict[str, list[str]]:
 
 
 def _runs(computations: Mapping[str, Computation], entry: str) -> dict[str, float]:
-    runs = {name: 0.0 for name in computations}
-    callers: dict[str, int] = {name: 0 for name in computations}
+    runs = dict.fromkeys(computations, 0.0)
+    callers: dict[str, int] = dict.fromkeys(computations, 0)
     edges: dict[str, list[tuple[str, float]]] = {}
     for name, body in computations.items():
         edges[name] = []
@@ -263,7 +263,9 @@ def _used(number: int, inner: Computation) -> float:
     """What a fusion reads of its operand at most: the slices that it takes, if it takes nothing else."""
     own = next((line.name for line in inner if line.code == "parameter" and line.operands == (str(number),)), None)
     users = [line for line in inner if own in line.operands]
-    if not users or any(line.code not in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") for line in users):
+    if not users or any(
+        line.code not in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") for line in users
+    ):
         return math.inf
     if any(line.code == "dynamic-update-slice" and line.operands[0] != own for line in users):
         return math.inf

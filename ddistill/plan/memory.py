@@ -13,9 +13,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from ddistill.plan.work import bodies, is_call
 
 _STORED = {
-    "dot_general", "conv_general_dilated", "scan", "while", "cond", "sort", "gather", "scatter", "scatter-add", "concatenate",
-    "dynamic_update_slice", "reduce_window_sum", "select_and_scatter_add", "cumsum", "argmax", "argmin", "custom_call",
-    "linear_call", "shard_map", "pallas_call",
+    "dot_general", "conv_general_dilated", "scan", "while", "cond", "sort", "gather", "scatter", "scatter-add",
+    "concatenate", "dynamic_update_slice", "reduce_window_sum", "select_and_scatter_add", "cumsum", "argmax", "argmin",
+    "custom_call", "linear_call", "shard_map", "pallas_call",
 }  # fmt: skip
 """What writes its result to memory, besides functions and reductions; all else is fused into what reads it."""
 
@@ -51,7 +51,9 @@ class _Peak:
         last: dict[Any, int] = {}
         stored: list[list[Any]] = []
         for i, equation in enumerate(jaxpr.eqns):
-            above = frozenset().union(*(roots.get(v, frozenset()) for v in equation.invars if not isinstance(v, Literal)))
+            above = frozenset().union(
+                *(roots.get(v, frozenset()) for v in equation.invars if not isinstance(v, Literal))
+            )
             real = _stores(equation)
             kept = []
             for v in equation.outvars:
@@ -99,7 +101,7 @@ class _Peak:
         found = set()
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general" and len(equation.params["dimension_numbers"][1][0]) > 1:
-                arrays = [v for v in (*equation.invars, *equation.outvars) if not isinstance(v, Literal)]
+                arrays: list[Any] = [v for v in (*equation.invars, *equation.outvars) if not isinstance(v, Literal)]
                 found.add(max(arrays, key=lambda v: math.prod(v.aval.shape)))
         return found
 

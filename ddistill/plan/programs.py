@@ -26,12 +26,13 @@ SAMPLER = "sampler"
 class Program:
     """One program: a step of a stage in which `turn` is updated, or the sampler, whose stage has that name.
 
-    share: the share of its stage's steps that are such. images: what one call trains on or makes. trace: to the traced
-    program, on the mesh that it was built for.
+    steps, share: its stage's, and the share of them that are such. images: what one call trains on or makes. trace: to
+    the traced program, on the mesh that it was built for.
     """
 
     stage: str
     turn: tuple[str, ...]
+    steps: int
     share: float
     images: int
     trace: Callable[[], Any]
@@ -54,10 +55,12 @@ def programs(
     found = []
     for part in built:
         for turn, share in turns(part.stage.method).items():
-            found.append(Program(part.stage.name, turn, share, experiment.batch_size, _step(part, turn, mesh)))
+            found.append(
+                Program(part.stage.name, turn, part.stage.steps, share, experiment.batch_size, _step(part, turn, mesh))
+            )
     count = experiment.batch_size if samples is None else samples
     draw = _sampler(experiment, built[-1], mesh, sample_steps, count)
-    return [*found, Program(SAMPLER, (), 1.0, count, draw)], built, notes
+    return [*found, Program(SAMPLER, (), sample_steps, 1.0, count, draw)], built, notes
 
 
 def turns(method: Method) -> dict[tuple[str, ...], float]:
@@ -69,9 +72,7 @@ def turns(method: Method) -> dict[tuple[str, ...], float]:
 def mesh_of(devices: list[Any], experiment: Experiment) -> Mesh:
     """The mesh of a run on these devices, which need not be here. Raises ValueError as `sharding.abstract_mesh`."""
     sizes = sharding.abstract_mesh(len(devices), *split_of(experiment)).shape
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def split_of(experiment: Experiment) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ def _sampler(experiment: Experiment, last: Built, mesh: Mesh | None, steps: int,
         return sample(net, process, times, noise, key, gamma=sampling.gamma, cond=given).x
 
     def trace():
-        at = {} if mesh is None else {"out_shardings": sharding.batch_sharding(mesh)}
+        at: dict[str, Any] = {} if mesh is None else {"out_shardings": sharding.batch_sharding(mesh)}
         rule = last.trainer.rule
         place = None if mesh is None else Place(mesh, rule)
         net, key = placed((laid_out(last.result, place), jax.eval_shape(lambda: jax.random.key(0))), mesh, rule)

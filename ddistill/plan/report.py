@@ -8,10 +8,11 @@ from typing import Any
 
 from ddistill.config import Experiment
 from ddistill.plan.analysis import Analysed, analysed, check_batch, traced
-from ddistill.plan.aot import Compiled, changed, check_libtpu, compiled
+from ddistill.plan.aot import Compiled, check_libtpu, compiled
+from ddistill.plan.changes import changed
 from ddistill.plan.chips import GIB, Pod
 from ddistill.plan.programs import SAMPLER
-from ddistill.plan.roofline import Roofline, per_million, roofline
+from ddistill.plan.roofline import Roofline, average, per_million, roofline
 from ddistill.runs import load_experiment
 
 
@@ -30,8 +31,8 @@ class Row:
 class Plan:
     """An experiment on a pod.
 
-    settings: batch_size, fsdp and all else that decides the layout. reasons: why it does not fit; none where it does.
-    notes: what stood in for data and weights that are not here. steps: of the run. rows: its programs.
+    settings: batch_size, fsdp and all else that decides the layout. steps: of all stages. reasons: why it does not
+    fit; none where it does. notes: what stood in for data and weights that are not here. rows: its programs.
     """
 
     name: str
@@ -53,10 +54,8 @@ class Plan:
         return [row for row in self.rows if row.counted.stage != SAMPLER]
 
     def seconds(self, of: Callable[[Roofline], float] = lambda time: time.seconds) -> float:
-        """The least that a step takes, averaged over the turns of a stage and over stages as they share the images."""
-        rows = self.training
-        stages = {row.counted.stage for row in rows}
-        return sum(row.counted.share * of(row.time) for row in rows) / max(1, len(stages))
+        """The least that a step takes, averaged over all steps of the run."""
+        return average((row.counted, of(row.time)) for row in self.training)
 
     def cost(self, price: float, sampling: bool = False) -> float:
         """What a million images cost at the least, of training or of sampling, at a price for a chip and an hour."""
@@ -102,10 +101,9 @@ def make(
         for one in compiled(path, flags, pod, changes=changes, **options):
             found[one.name] = one
             tell(f"{one.name}: {'too large' if one.failed else 'compiled'} in {one.seconds:.0f} s")
+    steps = sum({row.stage: row.steps for row in rows if row.stage != SAMPLER}.values())
     made = [_row(row, found.get(row.name), pod) for row in rows]
-    return Plan(
-        experiment.name, pod, settings(experiment), experiment.steps, made, _reasons(made, pod), tuple(seen.notes)
-    )
+    return Plan(experiment.name, pod, settings(experiment), steps, made, _reasons(made, pod), tuple(seen.notes))
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Williams et al. 2009, with the links between chips as a third roof. Nothing runs
 bounds, and all that is derived from them (utilisation an upper one, cost a lower one).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ddistill.plan.analysis import Analysed
 from ddistill.plan.chips import Chip
 from ddistill.plan.work import BFLOAT16, FLOAT32, HIGHEST
 
@@ -48,3 +49,9 @@ def roofline(chip: Chip, kinds: Mapping[str, float], traffic: float, received: f
 def per_million(seconds: float, images: int, chips: int, price: float) -> float:
     """What a million images cost where `images` take so many seconds on so many chips of a price per hour."""
     return 1e6 * seconds * chips * price / 3600 / images
+
+
+def average(times: Iterable[tuple[Analysed, float]]) -> float:
+    """Seconds of a step, from those of each program, as often as it runs."""
+    rows = [(row.steps * row.share, seconds) for row, seconds in times]
+    return sum(n * seconds for n, seconds in rows) / sum(n for n, _ in rows)
