@@ -24,6 +24,7 @@ LINE = (
     {"evaluate", "report"},
     {"runs", "bench"},
     {"compare", "dry_run"},
+    {"plan"},
     {"cli"},
     {"__init__", "__main__"},
 )
