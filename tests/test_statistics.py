@@ -2,10 +2,16 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from evaluate_peers import judged
 from linear_features import linear_features
 from PIL import Image
 
@@ -13,9 +19,9 @@ from ddistill import sharding
 from ddistill.config import Data
 from ddistill.data.images import Pictures
 from ddistill.data.loading import Readable
-from ddistill.evaluate import frechet, seen
+from ddistill.evaluate import seen
 from ddistill.evaluate.real import images_at, images_of, told
-from ddistill.evaluate.scores import chosen, scores, wanted
+from ddistill.evaluate.scores import METRICS, chosen, wanted
 from ddistill.evaluate.statistics import (
     check_statistics,
     open_statistics,
@@ -212,28 +218,34 @@ def test_data_of_a_run_is_neither_mirrored_nor_cut_at_random():
         images_of(Data({"x": np.zeros((5, 2))}, (2,), 0), "the data")
 
 
-def test_one_device_sees_what_eight_see(networks, monkeypatch):
-    batches = [(np.arange(i, min(i + 16, COUNT)), pixels(0)[i : i + 16]) for i in range(0, COUNT, 16)]
-    other = [(np.arange(20), pixels(1)[:20] // 4)]
-
-    def judged():
-        (real,) = seen.look(networks, batches, WANTED, batch_size=16)
-        (fake,) = seen.look(networks, other, WANTED, batch_size=20)
-        rename = {"inception.pool": "dinov2.embedding", "cmmd.embedding": "dinov2.embedding"}
-        names = ("fd_dinov2", "kid", "precision", "recall", "density", "coverage", "cmmd")
-        fake, real = (
-            seen.Seen(s.count, s.moments, {**s.rows, **{k: s.rows[v] for k, v in rename.items()}}, s.numbers)
-            for s in (fake, real)
+def test_one_device_and_two_processes_see_what_eight_devices_see(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
+    script = Path(__file__).parent / "evaluate_peers.py"
+    peers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), str(i), str(port)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        return scores(names, fake, real)
-
+        for i in range(2)
+    ]  # fmt: skip
     eight = judged()
+    told = [peer.communicate()[0] for peer in peers]
+    assert [peer.returncode for peer in peers] == [0, 0], "\n".join(told)
     mesh = sharding.local_mesh(jax.devices()[:1])
-    monkeypatch.setattr(seen, "local_mesh", lambda: mesh)
+    for module in (seen, sharding):
+        monkeypatch.setattr(module, "local_mesh", lambda devices=None: mesh)
     monkeypatch.setattr(sharding, "make_mesh", lambda fsdp=1: mesh)
-    assert judged() == pytest.approx(eight, rel=1e-6, abs=1e-9)
-    x, y = embeddings(networks, pixels(0)), embeddings(networks, pixels(1)[:20] // 4)
-    assert eight["fd_dinov2"] == pytest.approx(frechet(y, x), rel=1e-4) and eight["kid"] > 0
+    others = [judged(), *(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))]
+    for rows in others:
+        for row, expected in zip(rows, eight, strict=True):
+            assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    floor, row = eight
+    assert row["samples"] == 29 and floor["samples"] == 18
+    assert set(METRICS) - {"lpips", "clip_score"} <= set(row)
+    assert row["fid"] > floor["fid"] > 0 and row["recall"] < floor["recall"]
 
 
 def test_metrics_are_named_with_the_networks_they_need():

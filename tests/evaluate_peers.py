@@ -1,0 +1,56 @@
+"""What each process of an evaluation by two does, for test_statistics.py.
+
+python tests/evaluate_peers.py FOLDER PROCESS PORT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+SIDE, COUNT = 8, 37
+
+
+def judged():
+    """All metrics of a sampler and of the floor, by networks that see linear combinations of pixels."""
+    import jax.numpy as jnp
+    import numpy as np
+    from linear_features import linear_features
+
+    from ddistill import sharding
+    from ddistill.config import Data
+    from ddistill.evaluate.quality import Study, floor, judge, labels_in_turn
+    from ddistill.evaluate.real import images_of
+    from ddistill.evaluate.samplers import Sampler
+    from ddistill.evaluate.scores import METRICS, wanted
+    from ddistill.evaluate.statistics import statistics_of
+    from ddistill.integrators import Solution
+    from ddistill.process import edm
+
+    shape = (SIDE, SIDE, 3)
+    networks = {
+        "inception": linear_features(SIDE, 1, pool=6, logits=5, spatial=7),
+        "dinov2": linear_features(SIDE, 2),
+        "cmmd": linear_features(SIDE, 3),
+    }
+    names = tuple(name for name, metric in METRICS.items() if metric.feature.split(".")[0] in networks)
+    x = np.random.default_rng(0).standard_normal((COUNT, *shape)).astype(np.float32) / 2
+    images = images_of(Data({"x": x}, shape, 0), "the data")
+    real = statistics_of(images, networks, wanted(names), kept=COUNT, batch_size=10)
+    # Shades and contrasts of the labels, as whole steps of brightness, so that no rounding of float32 tips one over.
+    draw = Sampler("s", lambda x, c, key: Solution(jnp.round(x * (4 + 2 * c[:, None, None, None]) / 80) / 60, 1))
+    mesh = sharding.make_mesh()
+    study = Study(
+        edm(), shape, labels_in_turn(3, 8), lambda x: (np.asarray(x) + 1) / 2, mesh, networks, names, real, 29, 8
+    )
+    times = "images_per_s", "wall_s", "compile_s", "decode_s"
+    rows = floor(study), judge(draw, study)
+    return [{k: v for k, v in row.items() if isinstance(v, float | int) and k not in times} for row in rows]
+
+
+if __name__ == "__main__":
+    import jax
+
+    folder, process, port = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    (Path(folder) / f"{process}.json").write_text(json.dumps(judged()))
+    jax.distributed.shutdown()
