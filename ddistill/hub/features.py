@@ -94,9 +94,9 @@ def load_features(
 
     Raises ValueError that lists all tensors that are missing, not expected or of another shape, and as `read_tensors`.
     """
+    tensors = read_tensors(path)
     code, shapes = _definition(network, dtype)
-    read = vision_params if isinstance(network, ViTConfig) else params_from
-    params = read(read_tensors(path), shapes)
+    params = (vision_params if isinstance(network, ViTConfig) else params_from)(tensors, shapes)
     return _features(network, code, params, preprocessing)
 
 

@@ -1,6 +1,6 @@
 """The names of vision transformers' tensors in published files, as the parameters of `networks.vit` are made of them.
 
-CLIP: transformers' and open_clip's. DINOv2: its authors', transformers' and those that transformers 5 uses in memory.
+CLIP: transformers' and open_clip's. DINOv2: its authors', as timm's too, and transformers'.
 """
 
 from collections.abc import Mapping
@@ -158,19 +158,11 @@ _DINO_HF = {
         scale2=Source("layer_scale2.lambda1", whole=True),
     ),
 }  # fmt: skip
-_DINO_HF_5 = _DINO_HF | _blocks(
-    "encoder.layer.#.", q="attention.q_proj", k="attention.k_proj", v="attention.v_proj", out="attention.o_proj"
-)
-
-
 _DINO_AUTHORS_GATED = _DINO_AUTHORS | _blocks(
     "blocks.#.", gate=Source("mlp.w12", 0, 2), fc1=Source("mlp.w12", 1, 2), fc2="mlp.w3"
 )
 _DINO_HF_GATED = _DINO_HF | _blocks(
     "encoder.layer.#.", gate=Source("mlp.weights_in", 0, 2), fc1=Source("mlp.weights_in", 1, 2), fc2="mlp.weights_out"
-)
-_DINO_HF_5_GATED = _DINO_HF_5 | _blocks(
-    "encoder.layer.#.", gate="mlp.gate_proj", fc1="mlp.up_proj", fc2="mlp.down_proj"
 )
 _MASK = ("mask_token", "embeddings.mask_token")
 
@@ -180,8 +172,6 @@ LAYOUTS = (
     Layout("mlp.w12", _DINO_AUTHORS_GATED, _MASK),
     Layout("patch_embed.proj", _DINO_AUTHORS, _MASK),
     Layout("mlp.weights_in", _DINO_HF_GATED, _MASK),
-    Layout("mlp.gate_proj", _DINO_HF_5_GATED, _MASK),
     Layout("attention.attention.query", _DINO_HF, _MASK),
-    Layout("attention.q_proj", _DINO_HF_5, _MASK),
 )
 """Kinds of files, the first of which fits."""
