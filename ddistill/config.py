@@ -29,7 +29,7 @@ from ddistill.methods.denoising import Denoising
 from ddistill.net import EDMPrecondition, Net, Preconditioning, at_scale, from_nnx
 from ddistill.networks import MLP
 from ddistill.networks.conditions import Prompt
-from ddistill.networks.layers import rngs_of
+from ddistill.networks.layers import Remat, rngs_of
 from ddistill.process import Process, edm
 
 
@@ -204,13 +204,14 @@ class Published:
 class Imported:
     """A teacher that `ddistill import` put into a folder: nothing trains it, and it brings its own process.
 
-    bfloat16: computes in bfloat16 with float32 parameters. remat: keeps one block's activations at a time. guidance:
-    the scale at which a teacher that embeds one, such as FLUX.1 dev, is distilled.
+    bfloat16: computes in bfloat16 with float32 parameters. remat: True keeps one block's activations at a time, "dots"
+    beside it what matrix products and convolutions gave. guidance: the scale at which a teacher that embeds one, such
+    as FLUX.1 dev, is distilled.
     """
 
     folder: Path
     bfloat16: bool = False
-    remat: bool = False
+    remat: Remat = False
     guidance: float | None = None
 
     @property

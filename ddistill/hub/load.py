@@ -17,7 +17,7 @@ from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
 from ddistill.net import Net, Preconditioning, from_nnx, split
 from ddistill.networks.autoencoder import current_name
-from ddistill.networks.layers import rngs_of
+from ddistill.networks.layers import Remat, rngs_of
 from ddistill.process import Process
 
 PARTS = ("unet", "transformer")
@@ -98,7 +98,7 @@ def load_network(
     *,
     mesh: Mesh | None = None,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     variant: str | None = None,
 ) -> Net:
     """The denoiser of a pipeline's or model's folder as a teacher.

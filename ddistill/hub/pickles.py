@@ -26,7 +26,7 @@ from ddistill.hub.weights import OURS, params_from
 from ddistill.net import EDMPrecondition, EpsPrecondition, Net, Preconditioning, PyTree, from_nnx
 from ddistill.networks.edm import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig, VEPrecondition
 from ddistill.networks.edm2 import EDM2UNet, EDM2UNetConfig
-from ddistill.networks.layers import rngs_of
+from ddistill.networks.layers import Remat, rngs_of
 from ddistill.process import Process, discrete_vp, edm, squared_cosine_betas, vp
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -146,7 +146,7 @@ def checkpoint_tensors(path: Path | str, entry: str | None = None) -> dict[str, 
     return dict(found)
 
 
-def edm_net(path: Path | str, network: str = "ema", *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> Net:
+def edm_net(path: Path | str, network: str = "ema", *, dtype: jnp.dtype = jnp.float32, remat: Remat = False) -> Net:
     """The denoiser in a snapshot of EDM or EDM2, on its own process (`edm_definition`), that computes in dtype.
 
     remat: as for the networks. Raises ValueError as `edm_snapshot` and `edm_definition` do, and for tensors that do not

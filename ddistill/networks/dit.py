@@ -18,7 +18,7 @@ from jax import Array
 
 from ddistill.net import PyTree
 from ddistill.networks.conditions import labels_or_none, unscaled
-from ddistill.networks.layers import Extra, Linear, Sinusoidal, Stack, TimestepEmbedding
+from ddistill.networks.layers import Extra, Linear, Remat, Sinusoidal, Stack, TimestepEmbedding
 from ddistill.networks.tokens import (
     GUIDANCE,
     SMALL,
@@ -97,7 +97,7 @@ class DiT(nnx.Module):
     Computes in `dtype`; norms, embeddings and output in float32. remat: keeps one block's activations at a time.
     """
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         width, size = config.width, config.patch_size
         waves = Sinusoidal(256, shift=config.freq_shift)
         self.config, self.waves = config, waves

@@ -19,7 +19,7 @@ from jax import Array
 
 from ddistill.net import PyTree, log_noise
 from ddistill.networks.conditions import labels_or_none, unscaled
-from ddistill.networks.layers import Extra, GroupNorm, Sinusoidal, attention
+from ddistill.networks.layers import Extra, GroupNorm, Remat, Sinusoidal, attention, rematerialised
 from ddistill.process import Process
 
 EXTRA = Sinusoidal(scale=16.0)
@@ -135,15 +135,15 @@ def upsample(x: Array, taps: Sequence[float]) -> Array:
     return 4 * y
 
 
-def rematerialised(call: Callable[..., Array], module: nnx.Module, *args: Any) -> Array:
-    """call(module, *args) of which nothing is kept for the backward pass but module and args."""
+def anew(call: Callable[..., Array], module: nnx.Module, remat: Remat, *args: Any) -> Array:
+    """call(module, *args) of which the backward pass finds module, args and what `remat` leaves."""
     graph, *states = nnx.split(module, nnx.Param, ...)
     params, rest = states
 
     def pure(params, *args):
         return call(nnx.merge(graph, params, rest), *args)
 
-    return jax.checkpoint(pure)(params, *args)
+    return rematerialised(pure, remat)(params, *args)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class UNetBlock(nnx.Module):
         taps: Sequence[int] = (1, 1),
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         rngs: nnx.Rngs,
     ):
         self.style, self.remat, self.dtype = style, remat, dtype
@@ -299,7 +299,7 @@ class UNetBlock(nnx.Module):
     def __call__(self, x: Array, emb: Array, key: Array | None = None) -> Array:
         """x [B, H, W, C] and the embedding [B, E], float32 -> [B, H', W', C']; key draws dropout."""
         if self.remat:
-            return rematerialised(UNetBlock._run, self, x, emb, key)
+            return anew(UNetBlock._run, self, self.remat, x, emb, key)
         return self._run(x, emb, key)
 
     def _run(self, x: Array, emb: Array, key: Array | None) -> Array:
@@ -408,7 +408,7 @@ class SongUNet(nnx.Module):
     float32. remat: the backward pass computes each block anew.
     """
 
-    def __init__(self, config: SongUNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: SongUNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         self.config = config
         width, noise = (config.model_channels * m for m in (config.channel_mult_emb, config.channel_mult_noise))
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -506,7 +506,7 @@ class DhariwalUNet(nnx.Module):
     """ADM (Dhariwal & Nichol 2021) as EDM trains it; inputs and output as those of `SongUNet`."""
 
     def __init__(
-        self, config: DhariwalUNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs
+        self, config: DhariwalUNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs
     ):
         self.config = config
         first, width = config.model_channels, config.model_channels * config.channel_mult_emb

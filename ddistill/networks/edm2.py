@@ -20,6 +20,7 @@ from ddistill.net import PyTree
 from ddistill.networks.edm import (
     EXTRA,
     Step,
+    anew,
     check_filter,
     check_image,
     check_levels,
@@ -28,10 +29,9 @@ from ddistill.networks.edm import (
     dropout_key,
     one_hot,
     plan,
-    rematerialised,
     upsample,
 )
-from ddistill.networks.layers import Extra, attention
+from ddistill.networks.layers import Extra, Remat, attention
 
 EPSILON = 1e-4
 SILU_GAIN = 1 / 0.596
@@ -150,7 +150,7 @@ class Block(nnx.Module):
         down: bool = False,
         attend: bool = False,
         dtype: jnp.dtype = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         rngs: nnx.Rngs,
     ):
         self.config, self.decode, self.up, self.down, self.remat = config, decode, up, down, remat
@@ -168,7 +168,7 @@ class Block(nnx.Module):
     def __call__(self, x: Array, emb: Array, key: Array | None = None) -> Array:
         """x [B, H, W, C] and the embedding [B, E], float32 -> [B, H', W', C']; key draws dropout."""
         if self.remat:
-            return rematerialised(Block._run, self, x, emb, key)
+            return anew(Block._run, self, self.remat, x, emb, key)
         return self._run(x, emb, key)
 
     def _run(self, x: Array, emb: Array, key: Array | None) -> Array:
@@ -201,7 +201,7 @@ class EDM2UNet(nnx.Module):
     float32. remat: the backward pass computes each block anew.
     """
 
-    def __init__(self, config: EDM2UNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: EDM2UNetConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
         sizes = [config.model_channels * m for m in config.channel_mult]
         noise = config.model_channels * (config.channel_mult_noise or config.channel_mult[0])

@@ -16,7 +16,7 @@ from jax import Array
 from ddistill.net import PyTree
 from ddistill.networks.conditions import unscaled
 from ddistill.networks.joint import EPSILON, JointAttention, JointBlock, Modulation, Rotary, TimeAndText, texts_of
-from ddistill.networks.layers import Extra, Linear, Sinusoidal, Stack
+from ddistill.networks.layers import Extra, Linear, Remat, Sinusoidal, Stack
 from ddistill.networks.tokens import GUIDANCE, ZEROS, extras, gated, modulated
 
 PACKED = 2
@@ -83,7 +83,7 @@ class Flux(nnx.Module):
     the network was trained with. Without, `Scaled` is for students, whose embedding of w is 0 at first.
     """
 
-    def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         width = config.width
         heads, head_size = config.num_attention_heads, config.attention_head_dim
         waves = Sinusoidal(256, scale=1000.0)

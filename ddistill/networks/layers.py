@@ -7,7 +7,7 @@ A module's parameter paths are the names of diffusers' tensors, with kernel, sca
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,25 @@ from flax import nnx
 from jax import Array
 
 from ddistill.networks import flash
+
+Remat = bool | Literal["dots"]
+"""What the backward pass computes anew in each block: nothing, all (True), or "dots": all but products by weights."""
+
+
+def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """A function whose backward pass finds only what `remat` leaves it.
+
+    "dots" keeps the outputs of matrix products and convolutions with weights, a few times the memory of True at hardly
+    more computing than False: attention's scores, norms and activations are computed anew.
+    """
+    if not remat:
+        return function
+    return jax.checkpoint(function, policy=_keeps_products if remat == "dots" else None)
+
+
+def _keeps_products(primitive, *args, **params) -> bool:
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *args, **params)
 
 
 class _Keys:
@@ -155,11 +174,10 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
 class Stack(nnx.Module):
     """Equal blocks with their parameters stacked, run by a scan: one block is compiled whatever the depth.
 
-    make: from random keys to a block, called as block(carry, *args) -> carry. remat: inside a block nothing is kept for
-    the backward pass.
+    make: from random keys to a block, called as block(carry, *args) -> carry. remat: see `Remat`.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: Remat = False, rngs: nnx.Rngs):
         if depth < 1:
             raise ValueError(f"a stack of {depth} blocks: give at least one")
         self.depth, self.remat = depth, remat
@@ -173,7 +191,7 @@ class Stack(nnx.Module):
         def body(carry, params):
             return nnx.merge(graph, params, rest)(carry, *args), None
 
-        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, params)[0]
+        return jax.lax.scan(rematerialised(body, self.remat), carry, params)[0]
 
     def block(self, number: int) -> Any:
         """One of the blocks, by its number."""

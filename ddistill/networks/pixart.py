@@ -11,7 +11,7 @@ from jax import Array
 
 from ddistill.net import PyTree
 from ddistill.networks.conditions import unscaled
-from ddistill.networks.layers import Extra, Linear, Sinusoidal, Stack, TimestepEmbedding
+from ddistill.networks.layers import Extra, Linear, Remat, Sinusoidal, Stack, TimestepEmbedding
 from ddistill.networks.tokens import (
     GUIDANCE,
     SMALL,
@@ -112,7 +112,7 @@ class PixArt(nnx.Module):
     block's activations at a time.
     """
 
-    def __init__(self, config: PixArtConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: PixArtConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         width, size = config.width, config.patch_size
         self.config = config
         self.pos_embed = PatchEmbed(

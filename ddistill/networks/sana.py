@@ -14,7 +14,7 @@ from jax import Array
 
 from ddistill.net import PyTree
 from ddistill.networks.conditions import unscaled
-from ddistill.networks.layers import Extra, Linear, Sinusoidal, Stack, TimestepEmbedding
+from ddistill.networks.layers import Extra, Linear, Remat, Sinusoidal, Stack, TimestepEmbedding
 from ddistill.networks.pixart import AdaLayerNormSingle
 from ddistill.networks.tokens import (
     GUIDANCE,
@@ -95,7 +95,7 @@ class Sana(nnx.Module):
     `dtype`; norms, attention's sums, embeddings and output in float32. remat: keeps one block's activations at a time.
     """
 
-    def __init__(self, config: SanaConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: SanaConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         width, size = config.width, config.patch_size
         self.config = config
         self.patch_embed = PatchEmbed(

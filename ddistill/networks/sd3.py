@@ -17,7 +17,7 @@ from jax import Array
 from ddistill.net import PyTree
 from ddistill.networks.conditions import unscaled
 from ddistill.networks.joint import EPSILON, JointBlock, Modulation, TimeAndText, texts_of
-from ddistill.networks.layers import Extra, Linear, Sinusoidal, Stack
+from ddistill.networks.layers import Extra, Linear, Remat, Sinusoidal, Stack
 from ddistill.networks.tokens import GUIDANCE, ZEROS, PatchConv, extras, image_of, modulated, positions
 
 
@@ -86,7 +86,7 @@ class SD3(nnx.Module):
     is saved in checkpoints, and those of SD3 differ from what the options say: it is kept in `rest`, not trained.
     """
 
-    def __init__(self, config: SD3Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: SD3Config, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs):
         width, size = config.width, config.patch_size
         waves = Sinusoidal(256)
         self.config = config

@@ -17,7 +17,7 @@ from jax import Array
 
 from ddistill.net import Scaled
 from ddistill.networks.conditions import Prompt, labels_or_none, prompt_of, unscaled
-from ddistill.networks.layers import Extra, GroupNorm, Linear, TimestepEmbedding, sinusoidal
+from ddistill.networks.layers import Extra, GroupNorm, Linear, Remat, TimestepEmbedding, sinusoidal
 from ddistill.networks.unet_attention import Attention, Transformer
 from ddistill.networks.unet_blocks import Level, Middle, Style, conv, ways
 
@@ -96,7 +96,7 @@ class UNet2D(nnx.Module):
     """
 
     def __init__(
-        self, config: UNet2DConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs
+        self, config: UNet2DConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs
     ):  # fmt: skip
         stem, *_ = channels = config.block_out_channels
         width = config.time_embedding_dim or 4 * stem
@@ -299,7 +299,7 @@ class UNet2DCondition(nnx.Module):
     """
 
     def __init__(
-        self, config: UNet2DConditionConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs
+        self, config: UNet2DConditionConfig, *, dtype: jnp.dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs
     ):
         stem, *_ = channels = config.block_out_channels
         levels = len(channels)
@@ -449,7 +449,7 @@ def _through(
     return out[..., : network.config.in_channels]
 
 
-def _style(config: UNet2DConfig | UNet2DConditionConfig, width: int, dtype: jnp.dtype, remat: bool) -> Style:
+def _style(config: UNet2DConfig | UNet2DConditionConfig, width: int, dtype: jnp.dtype, remat: Remat) -> Style:
     return Style(
         embedding=width,
         groups=config.norm_num_groups,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ddistill.networks.layers import GroupNorm, Linear, Stack, attention
+from ddistill.networks.layers import GroupNorm, Linear, Remat, Stack, attention, rematerialised
 
 
 class Attention(nnx.Module):
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         bias: bool = False,
         norm: GroupNorm | None = None,
         residual: bool = False,
-        remat: bool = False,
+        remat: Remat = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         context = h if context is None else context
         q, k, v = (self._heads(a) for a in (self.to_q(h), self.to_k(context), self.to_v(context)))
         attend = partial(attention, mask=None if mask is None else mask[:, None, None, :])
-        h = (jax.checkpoint(attend) if self.remat else attend)(q, k, v)
+        h = rematerialised(attend, self.remat)(q, k, v)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)
         return x + h if self.residual else h
 
@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
         groups: int,
         linear: bool,
         dtype: jnp.dtype,
-        remat: bool,
+        remat: Remat,
         rngs: nnx.Rngs,
     ):
         def project(init):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ddistill.networks.layers import GroupNorm
+from ddistill.networks.layers import GroupNorm, Remat, rematerialised
 
 Attend = Callable[[int], nnx.Module]
 """Makes the attention of a level's i-th layer, called as attention(x, context, mask)."""
@@ -30,7 +30,7 @@ class Style:
     scale_shift: bool
     dropout: float
     dtype: jnp.dtype
-    remat: bool
+    remat: Remat
 
 
 def conv(inward: int, outward: int, *, stride: int = 1, size: int = 3, zero: bool = False, dtype, rngs) -> nnx.Conv:
@@ -80,11 +80,10 @@ class Resnet(nnx.Module):
         graph, *states = nnx.split(self, nnx.Param, ...)
         params, rest = states
 
-        @jax.checkpoint
         def pure(params, x, embedding):
             return nnx.merge(graph, params, rest)._residual(x, embedding, key)
 
-        return pure(params, x, embedding)
+        return rematerialised(pure, self.style.remat)(params, x, embedding)
 
     def _residual(self, x: Array, embedding: Array, key: Array | None) -> Array:
         h = jax.nn.silu(self.norm1(x))
