@@ -33,7 +33,7 @@ class LoRA:
     that are trained whole, by an update that starts at zero.
     """
 
-    rank: int = 4
+    rank: int = 16
     layers: tuple[str, ...] = ("*.kernel",)
     alpha: float | None = None
     whole: tuple[str, ...] = ()
