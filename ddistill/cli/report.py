@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from ddistill.checkpoint import CheckpointError
 from ddistill.cli import Report
 from ddistill.cli.report_runs import Found, drawn_of, facts_of, find, groups_of, open_found
 from ddistill.report.html import write_page
@@ -18,6 +19,8 @@ from ddistill.report.page import Group, Page, Run
 from ddistill.version import version
 
 Row = dict[str, Any]
+
+_IN_WORDS = (ValueError, OSError, ImportError, CheckpointError)
 
 
 def report(command: Report) -> None:
@@ -41,7 +44,7 @@ def report(command: Report) -> None:
                 with_samples = open_found(run)
                 drawn[run.name] = drawn_of(with_samples, command.steps, command.samples, command.seed)
             except Exception as error:  # one run that fails, in whatever way, must not cost the others their page
-                failed[str(run.folder)] = f"{error}" if isinstance(error, ValueError | OSError) else repr(error)
+                failed[str(run.folder)] = str(error) if isinstance(error, _IN_WORDS) else repr(error)
     groups = [*groups_of(found, drawn), *groups]
     if not groups and not found:
         raise ValueError("nothing to show: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))

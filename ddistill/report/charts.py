@@ -1,8 +1,8 @@
 """The plots of a page as Vega-Lite, without their points, which the page's scripts fill in.
 
 A point: x, y, where its bars end (x0, x1, y0, y1), `name` of its line, `order` along it, `text` for readers and who
-hovers over it, and its look, which the scripts choose: `colour`, `shape`, `dash`, `faint`. Colours are variables of the
-page's style, so that the plots follow its theme.
+hovers over it, and its look, which the scripts choose: `colour`, `shape`, `dash`, `opacity`, and `alone` where no line
+joins it to others. Colours are variables of the page's style, so that the plots follow its theme.
 """
 
 from typing import Any
@@ -53,6 +53,7 @@ def _base(description: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
 def _line(width: float = 2) -> dict[str, Any]:
     # A description of each line would repeat that of its points.
     return {
+        "transform": [{"filter": "!datum.alone"}],
         "mark": {"type": "line", "strokeWidth": width, "strokeJoin": "round", "aria": False, "invalid": "filter"},
         "encoding": {"order": {"field": "order"}, "strokeDash": {"field": "dash", "scale": None}},
     }

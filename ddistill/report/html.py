@@ -1,5 +1,6 @@
 """The page of a report as HTML: Jinja2 for its text, Vega-Lite for its plots, both inside the one file."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -48,7 +49,7 @@ def render(page: Page, *, samples: int = 36, limit: float = 24.0) -> tuple[str, 
     text = environment.get_template("page.html").render(
         page=page, best=best, finite=_finite, said=said, names=paths, rows=rows, common=common,
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
-        vega=_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        vega=_vega(),
         vega_version=vl_convert.get_vega_version(),
         style=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script="\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in _SCRIPTS),
@@ -113,6 +114,14 @@ def value(number: float | None, form: str) -> str:
 
 def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else number
+
+
+@functools.cache
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which takes a second to bundle."""
+    import vl_convert
+
+    return _script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _script(code: str) -> str:

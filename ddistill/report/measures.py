@@ -65,7 +65,7 @@ def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = ""
                 continue
             seen.add((label, nfe))
         kind: Kind = "student" if run is not None else "reference" if nfe is None else "teacher"
-        values = {k: _number(v) for k, v in row.items() if k not in _NO_MEASURES}
+        values = {k: n for k, v in row.items() if k not in _NO_MEASURES and (n := _number(v)) is not None}
         lines.append(Line(label, kind, None if nfe is None else int(nfe), values))
     order = {"reference": 0, "teacher": 1, "student": 2}
     return Table("", columns_of([row for _, row in named]), sorted(lines, key=lambda line: order[line.kind]), words)

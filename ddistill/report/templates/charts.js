@@ -5,7 +5,7 @@ const TEACHERS = ["cross", "triangle-down", "diamond", "square"];
 function styled(name, kind, index) {
   if (kind !== "student") return { colour: "var(--soft)", shape: TEACHERS[index % TEACHERS.length], dash: [2, 3], opacity: 0.75 };
   if (shown.has(name)) return { ...look(name), opacity: 1 };
-  return { colour: "var(--ghost)", shape: "circle", dash: [1, 0], opacity: 0.45 };
+  return { colour: "var(--ghost)", shape: "circle", dash: [1, 0], opacity: 0.45, alone: data.students.length > 12 };
 }
 
 const titled = (column) => (column.better ? `${column.title} ${column.better > 0 ? "↑" : "↓"}` : column.title);
