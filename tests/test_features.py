@@ -1,6 +1,7 @@
 """Feature networks and LPIPS against others' implementations, their files, and features on many devices."""
 
 import dataclasses
+import json
 import zipfile
 from functools import cache
 
@@ -24,6 +25,7 @@ from ddistill.hub.features import (
     random_lpips,
     read_tensors,
 )
+from ddistill.hub.text_features import load_text_features, text_config
 from ddistill.hub.vision import LAYOUTS, vision_params
 from ddistill.hub.weights import params_from, tensors_from, tensors_of
 from ddistill.net import split
@@ -31,6 +33,7 @@ from ddistill.networks.inception import InceptionConfig, InceptionV3
 from ddistill.networks.preprocess import (
     clean,
 )
+from ddistill.networks.text import CLIPTextConfig, CLIPTextModelWithProjection
 from ddistill.networks.vgg import ALEXNET, VGG16, Convolutions, ConvolutionsConfig, Layer
 from ddistill.networks.vit import VisionTransformer, ViTConfig
 
@@ -478,3 +481,30 @@ def test_files_of_torch_are_read_as_safetensors_are(tiny, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("new.pth", "old.pth"):
         assert load_features(TINY, tmp_path / name).digest == tiny.digest
+
+
+def test_the_text_side_of_a_clip_is_read_beside_its_image_side(tmp_path):
+    pytest.importorskip("tokenizers")
+    images = vit("clip", **CLIP | {"projection": 64})
+    config = dataclasses.replace(text_config(images), num_hidden_layers=1, vocab_size=24, max_position_embeddings=6)
+    assert text_config(NETWORKS["clip-vit-l-14"]) == CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, eos_token_id=2
+    )
+    letters = [*"abc", *(f"{c}</w>" for c in "abc"), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    params, _, code = abstract(lambda: CLIPTextModelWithProjection(config, rngs=nnx.Rngs(0)))
+    text = weights({t.name: t.shape for p, a in params.items() for t in tensors_of(p, a.shape)})
+    save_file(text | weights(names_of("features_clip")), tmp_path / "model.safetensors")
+    side = load_text_features(images, tmp_path, tmp_path, config=config)
+    out = side(["a b", "abcabcabc"])
+    # start, words and end, to which texts are filled, and cut
+    tokens = np.asarray([[6, 3, 4, 7, 7, 7], [6, 0, 1, 2, 0, 7]])
+    np.testing.assert_array_equal(side.tokenizer(["a b", "abcabcabc"]).ids, tokens)
+    expected = code(params_from(text, params), {})(tokens).pooled
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    assert out.shape == (2, 64) and side.name == "clip" and side.digest == digest_of(side.params)
+    with pytest.raises(ValueError, match="8 tokens, and the text side of clip embeds 5"):
+        load_text_features(images, tmp_path, tmp_path, config=dataclasses.replace(config, vocab_size=5))
+    with pytest.raises(ValueError, match="missing: text_model.encoder.layers.1"):
+        load_text_features(images, tmp_path, tmp_path, config=dataclasses.replace(config, num_hidden_layers=2))
