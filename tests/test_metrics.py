@@ -119,6 +119,15 @@ def test_precision_recall_agrees_with_brute_force(k):
     assert 0.1 < min(expected) < max(expected) < 1 and expected[0] != expected[1]  # it can tell them apart
 
 
+@pytest.mark.parametrize("k", [3, 5])
+def test_all_four_agree_with_the_program_of_naeem_et_al(k):
+    compute_prdc = pytest.importorskip("prdc").compute_prdc
+    rng = np.random.default_rng(11)
+    real = rng.standard_normal((90, 12)).astype(np.float32)
+    fake = (0.8 * rng.standard_normal((70, 12)) + 0.1).astype(np.float32)
+    assert manifold(real, fake, k)._asdict() == pytest.approx(compute_prdc(real, fake, k), abs=1e-12)
+
+
 def test_precision_recall_in_blocks():
     rng = np.random.default_rng(8)
     real, fake = rng.standard_normal((60, 3)), 0.8 * rng.standard_normal((45, 3)) + 0.5
