@@ -128,7 +128,7 @@ def fit(
         known = {begin: first}
         per = 1 if made_by_devices else pace.steps_per_dispatch
         prepare = call.single if per == 1 else call.stacked
-        wide = jax.config.jax_enable_x64
+        wide = jax.config.read("jax_enable_x64")
 
         def make(chunk: range) -> tuple:
             with jax.enable_x64(wide):  # which threads do not take over from each other

@@ -136,7 +136,7 @@ def make_trainer(
         params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
 
         def losses(trained, part, key):
-            total, info, made = jnp.zeros(()), {}, {}
+            total, info, made = jnp.zeros(()), dict[str, Array](), dict[Any, Any]()
             for name in (name for name in method.losses if name in turn):
                 # Each is differentiated by its own network alone, so that the gradient of the sum is that of each.
                 seen = Nets({**current, name: current[name].replace(params=trained[name])}, name, made)

@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -169,7 +169,7 @@ def read_ahead(read: Callable[[int], Any], first: int, stop: int, ahead: int, th
     return Reading(iter(_grain().MapDataset.range(first, stop).map(read).to_iter_dataset(options)))
 
 
-def prefetched(make: Callable[[T], Made], items: Iterable[T], ahead: int) -> Iterator[tuple[T, Made]]:
+def prefetched(make: Callable[[T], Made], items: Iterable[T], ahead: int) -> Generator[tuple[T, Made]]:
     """(item, make(item)) for each item in order, `ahead` of which a thread makes before they are asked for.
 
     With ahead = 0 each is made when it is asked for. What `make` raises is raised when its item's turn comes. Close the
