@@ -48,6 +48,8 @@ Options of several
   --internal-ip, --tunnel-through-iap   how gcloud reaches workers without public addresses; the second is gcloud alpha's
   --dry-run                 print the commands and run none
 Options of install, up, supervise and --here
+  --extras LIST       of the package, beside tpu: images,text where the data asks for them
+  --prepare COMMAND   after the installation, on every worker in its home folder: to fetch data, for example (not --here)
   --venv DIR          the virtual environment on the TPU VM, ~/ddistill-venv by default; it is kept if it is there
   --python PYTHON     the interpreter on the TPU VM; by default the newest of python3.13, 3.12, 3.11 and python3
   --install-python    where there is no Python 3.11 or later, install python3.11 with apt-get and sudo
@@ -98,7 +100,7 @@ case ${1:-} in
 esac
 
 here=0 several=0 dry=0 install_python=0 queued=0 follow=1 then_delete=0
-name='' zone='' project='' python='' venv='' type='' version='' until='' job='' tunnel=''
+name='' zone='' project='' python='' venv='' extras='' prepare='' type='' version='' until='' job='' tunnel=''
 restarts=10 recreate=100 every=30 patience=120 worker=0 lines=100
 create_flags=() environment=() ssh_flags=()
 while (($#)); do
@@ -114,7 +116,8 @@ while (($#)); do
             fi
             shift
             ;;
-        --name | --zone | --project | --python | --venv | --accelerator-type | --version | --valid-until | --run)
+        --name | --zone | --project | --python | --venv | --extras | --prepare | --accelerator-type | --version | \
+            --valid-until | --run)
             if (($# < 2)) || [[ $2 == --* || -z $2 ]]; then fail "$1 needs a value; see --help"; fi
             case $1 in
                 --name) name=$2 ;;
@@ -122,6 +125,8 @@ while (($#)); do
                 --project) project=$2 ;;
                 --python) python=$2 ;;
                 --venv) venv=$2 ;;
+                --extras) extras=$2 ;;
+                --prepare) prepare=$2 ;;
                 --accelerator-type) type=$2 ;;
                 --version) version=$2 ;;
                 --valid-until) until=$2 queued=1 ;;
@@ -199,7 +204,7 @@ install_here() {
         fail "no Python 3.11 or later with venv here; repeat with --install-python, or name one with --python"
     fi
     if [[ ! -x $venv/bin/python ]]; then run "$found" -m venv "$venv"; fi
-    run "$venv/bin/pip" install --upgrade "${root}[tpu]"
+    run "$venv/bin/pip" install --upgrade "${root}[tpu${extras:+,$extras}]"
     check_devices
 }
 
@@ -333,6 +338,8 @@ install() {
     if ((install_python)); then remote+=" --install-python"; fi
     if [[ -n $python ]]; then remote+=" --python$(quoted "$python")"; fi
     if [[ -n $venv ]]; then remote+=" --venv$(quoted "$venv")"; fi
+    if [[ -n $extras ]]; then remote+=" --extras$(quoted "$extras")"; fi
+    if [[ -n $prepare ]]; then remote+=" && bash -c$(quoted "$prepare")"; fi
 
     run tar -czf "$archive" --exclude=__pycache__ -C "$root" \
         pyproject.toml README.md LICENSE tpu_setup.sh ddistill experiments &&
@@ -468,7 +475,7 @@ check_experiment() {
 ((BASH_VERSINFO[0] >= 4)) || fail "bash 4 or later is needed, and this is $BASH_VERSION (on macOS: brew install bash)"
 if ((here)); then
     [[ $command == install && $# == 0 ]] || fail "--here installs on this machine, and takes no command and no experiment"
-    [[ -z $name$zone$project ]] || fail "--here installs on this machine: leave --name, --zone and --project out"
+    [[ -z $name$zone$project$prepare ]] || fail "--here installs on this machine: leave --name, --zone, --project and --prepare out"
     install_here
     exit
 fi

@@ -130,6 +130,7 @@ submit() {
     fi
     mkdir -p "$notes"
     rm -f "$notes/crashes"
+    : >>"$notes/log"
     number=$("${words[@]}")
     printf '%s\n' "${number%%;*}" >"$notes/job"
     printf 'job %s, log in %s\n' "${number%%;*}" "$notes/log"
@@ -185,7 +186,7 @@ job() {
 log() {
     local file
     file=$(notes_of "$1")/log
-    [[ -f $file ]] || fail "there is no log $file yet: see 'status $1'"
+    [[ -f $file ]] || fail "there is no log $file: nothing was submitted for $1 from here"
     if [[ ${2:-} == --no-follow ]]; then tail -n 100 "$file"; else exec tail -n 100 -F "$file"; fi
 }
 

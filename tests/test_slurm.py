@@ -26,42 +26,34 @@ trap 'echo $((n + 1)) >"$counter"; exit 75' TERM
 until [[ -e $4/enough ]]; do sleep 0.1 & wait $!; done
 """
 
-# The smallest training; batches are slow until there is a file `hurry`.
+# The smallest training.
 EXPERIMENT = """
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ddistill import Experiment
 from ddistill.config import Data, MLPNetwork, Teacher
-from ddistill.methods import Consistency
-
-
-@dataclass(frozen=True)
-class Slow(Data):
-    def source(self, *arguments):
-        batches = super().source(*arguments)
-
-        def batch(step):
-            time.sleep(0 if Path(os.environ["HURRY"]).exists() else 0.2)
-            return batches(step)
-
-        return batch
+from ddistill.methods import KD
 
 
 @dataclass(frozen=True)
 class Points:
     def load(self):
-        return Slow({"x": np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)}, (2,), 0)
+        x = np.random.default_rng(0).normal(size=(2, 8, 2)).astype(np.float32)
+        return Data({"x": x[0], "noise": x[1]}, (2,), 0)
 
 
 def experiment():
-    network = MLPNetwork(width=8, blocks=1)
-    teacher = Teacher(steps=200)
-    return Experiment("points", Points(), network, teacher, Consistency(), steps=2, batch_size=8)
+    return Experiment(
+        name="points",
+        data=Points(),
+        network=MLPNetwork(width=8, blocks=1),
+        teacher=Teacher(steps=40),
+        method=KD(steps=(1,)),
+        steps=1,
+        batch_size=8,
+    )
 """
 
 
@@ -97,7 +89,7 @@ def until(true, seconds=120):
         (["submit", "--speed", "9"], "unknown argument '--speed'"),
         (["status"], "status needs the run's folder"),
         (["status", "nowhere"], "nothing was submitted for nowhere"),
-        (["log", "nowhere"], "no log nowhere.slurm/log yet"),
+        (["log", "nowhere"], "no log nowhere.slurm/log"),
         (["job", str(SCRIPT)], "job is what sbatch runs"),
     ],
 )
@@ -316,24 +308,27 @@ def test_a_job_is_stopped_and_is_not_queued_again(slurm, tmp_path):
 
 
 def test_two_processes_of_a_training_join_are_told_to_leave_and_go_on(slurm, tmp_path):
-    folder, experiment, hurry = tmp_path / "run", tmp_path / "points.py", tmp_path / "hurry"
+    folder, experiment, log = tmp_path / "run", tmp_path / "points.py", tmp_path / "run.slurm" / "log"
     experiment.write_text(EXPERIMENT)
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    environment = {**slurm, "HURRY": str(hurry), "XLA_FLAGS": flags}
-    done = run(
-        *("submit", "--gpus-per-node", "0", "--tasks-per-node", "2"),
-        *(experiment, "--workdir", folder, "--checkpoint-every", "2"),
-        **environment,
-    )
+    environment = {**slurm, "XLA_FLAGS": flags}
+    two = ("--gpus-per-node", "0", "--tasks-per-node", "2")
+    done = run("submit", *two, experiment, "--workdir", folder, **environment)
     assert done.returncode == 0, done.stderr
     number = done.stdout.split()[1].rstrip(",")
-    log = tmp_path / "run.slurm" / "log"
-    until(lambda: list(folder.glob("checkpoints/teacher/*/commit_success.txt")) or "ended" in log.read_text(), 300)
+
+    def statuses():
+        return re.findall(r"ended with status (\d+)", log.read_text())
+
+    until(lambda: (folder / "experiment.json").exists() or statuses(), 300)  # they have joined; now they compile
     ask(environment, "scancel", "--signal=TERM", "--batch", number)
-    hurry.touch()
-    until(lambda: "queued again\n" in log.read_text(), 300)
-    (saved,) = {int(step) for step in re.findall(r"stopped and saved at step (\d+) of 200", log.read_text())}
-    until(lambda: "ended with status 0" in log.read_text(), 300)
+    until(statuses, 300)
+    assert statuses() == ["75"], log.read_text()
+    # Both say so, of the same step.
+    (saved,) = set(told := re.findall(r"stopped and saved at step (\d+) of 40", log.read_text()))
+    assert len(told) == 2 and 0 < int(saved) < 40
+    until(lambda: len(statuses()) > 1, 300)
+    assert statuses() == ["75", "0"], log.read_text()
+    assert log.read_text().count("0: Done: ") == 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if row.get("stage") == "teacher" and "step" in row]
-    assert 0 < saved < 200 and steps[-1] == 200
+    assert {row["stage"] for row in rows} == {"teacher", "student"}

@@ -239,16 +239,16 @@ def test_the_source_that_workers_get_installs_itself(tools, tmp_path):
 
 
 def test_a_slice_lives_is_preempted_and_comes_back_until_its_run_is_done(cloud):
-    made = ("--accelerator-type", "v5litepod-16", "--spot", "--queued")
-    started = (*made, "--env", "WORD=it", *cloud.distil())
+    made = ("--accelerator-type", "v5litepod-16", "--spot", "--queued", "--extras", "images")
+    started = (*made, "--prepare", "echo 'it is' there >data; cd /", "--env", "WORD=it", *cloud.distil())
     done = cloud.run("up", *started)
     assert done.returncode == 0, done.stdout + done.stderr
     states = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("pod: ")]
     assert states == ["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "READY"]
     assert done.stdout.count("worker sees its TPUs, slice 1") == 2
-    assert [(home / "pip").read_text() for home in sorted((cloud.state / "pod").iterdir())] == [
-        f"install --upgrade {home}/ddistill-source[tpu]\n" for home in sorted((cloud.state / "pod").iterdir())
-    ]
+    for home in (cloud.state / "pod").iterdir():
+        assert (home / "pip").read_text() == f"install --upgrade {home}/ddistill-source[tpu,images]\n"
+        assert (home / "data").read_text() == "it is there\n"
     until(lambda: all((cloud.work / f"worker-{n}.log").exists() for n in range(2)))
 
     done = cloud.run("create", "--accelerator-type", "v6e-16")
@@ -276,6 +276,7 @@ def test_a_slice_lives_is_preempted_and_comes_back_until_its_run_is_done(cloud):
     assert "pod: SUSPENDED" in said and "pod: READY, run: uninstalled" in said
     for lines, steps in zip(cloud.begun(), saved, strict=True):
         assert lines[1:] == [f"it begins at {steps}"] * 2
+    assert all((home / "data").exists() for home in (cloud.state / "pod").iterdir())
 
     assert cloud.run("stop").stdout.count("is not running: finished") == 2
     assert cloud.run("delete").returncode == 0
