@@ -177,7 +177,8 @@ def test_plots_draw_a_mark_for_every_point(name):
     rng = np.random.default_rng(0)
     points = [
         {"x": float(x), "y": float(y), "y0": y - 0.1, "y1": y + 0.1, "x0": x - 0.1, "x1": x + 0.1,
-         "name": run, "order": i, "text": f"{run} {i}", "colour": "#123456", "shape": "square", "dash": [1, 0], "opacity": 1}
+         "name": run, "order": i, "text": f"{run} {i}", "colour": "#123456", "shape": "square", "dash": [1, 0],
+         "opacity": 1}
         for run in ("a", "b") for i, (x, y) in enumerate(rng.uniform(1, 2, (3, 2)))
     ]  # fmt: skip
     spec = charts()[name]
