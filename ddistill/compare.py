@@ -53,11 +53,11 @@ def compare(
     data, digits, process = first.data.load(), load_digits(first.data.seed), first.process
     key = jax.random.key(first.seed)
     network = first.network.build(data, process, jax.random.fold_in(key, 0))
-    mesh = sharding.make_mesh(first.fsdp)
+    mesh, rule = sharding.make_mesh(first.fsdp, first.tensor), sharding.rule_of(first.layout)
 
     def train(name: str, plan, start: Net) -> Net:
         where = None if workdir is None else workdir / name
-        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, workdir=where)[-1]
+        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, rule=rule, workdir=where)[-1]
 
     teacher = network
     if not isinstance(first.network, Imported):

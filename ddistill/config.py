@@ -31,6 +31,7 @@ from ddistill.networks import MLP
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.layers import Remat, rngs_of
 from ddistill.process import Process, edm
+from ddistill.sharding import Axes, Rule
 
 
 @dataclass(frozen=True)
@@ -219,14 +220,25 @@ class Imported:
         """The process that its scheduler is of."""
         return open_diffusion(self.folder)[0]
 
-    def build(self, data: Data, process: Process, key: jax.Array, mesh: Mesh | None = None) -> Net:
-        """The network with its weights, laid out over the mesh. Raises ValueError for another process than its own."""
+    def build(
+        self,
+        data: Data,
+        process: Process,
+        key: jax.Array,
+        mesh: Mesh | None = None,
+        rule: Rule = Rule(),  # noqa: B008
+    ) -> Net:
+        """The network with its weights, laid out over the mesh by the rule.
+
+        Raises ValueError for another process than its own.
+        """
         own, precondition = open_diffusion(self.folder)
         if process != own:
             raise ValueError(
                 f"the teacher in {self.folder} has its own process; pass the experiment through `resolved`"
             )
-        return self._held(load_network(self.folder, own, precondition, mesh=mesh, dtype=self._dtype, remat=self.remat))
+        options: dict[str, Any] = {"mesh": mesh, "rule": rule, "dtype": self._dtype, "remat": self.remat}
+        return self._held(load_network(self.folder, own, precondition, **options))
 
     def abstract(self, published: Published | None = None) -> Net:
         """The network's shapes, those of the folder, or of what is published where there is no such folder."""
@@ -262,6 +274,10 @@ class Experiment:
     """A teacher, and a method that distils it. Seeds fix everything that is random.
 
     published: what a dry run takes for an imported teacher and its data where their folders are not there.
+    fsdp: groups of so many devices share one copy of parameters and optimiser states; each device keeps a part.
+    tensor: so many devices work on the same samples, each on a part of the heads and the feed-forward map of a
+    transformer's blocks. Their product divides the number of devices, and the batch is split over the others and fsdp.
+    layout: exceptions to how parameters are split, `sharding.rule_of`: {"*.ff.net.2.kernel": (None, "fsdp")}.
     steps_per_dispatch: steps taken in one call, more than one for networks so small that calls take most of the time.
     """
 
@@ -278,6 +294,8 @@ class Experiment:
     batch_size: int = 256
     accumulate: int = 1
     fsdp: int = 1
+    tensor: int = 1
+    layout: Mapping[str, tuple[Axes, ...]] = field(default_factory=dict)
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000

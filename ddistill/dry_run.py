@@ -61,6 +61,7 @@ class DryRun(NamedTuple):
 
     devices: int
     fsdp: int
+    tensor: int
     notes: list[str]
     stages: list[StagePlan]
 
@@ -77,11 +78,12 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
     devices = jax.device_count() if devices is None else devices
     if devices < 1:
         raise ValueError(f"devices = {devices}: a run needs at least one")
-    mesh = sharding.abstract_mesh(devices, experiment.fsdp)
-    if experiment.batch_size % (devices * experiment.accumulate):
+    mesh = sharding.abstract_mesh(devices, experiment.fsdp, experiment.tensor)
+    parts = sharding.batch_parts(mesh) * experiment.accumulate
+    if experiment.batch_size % parts:
         raise ValueError(
             f"batch_size = {experiment.batch_size} does not split into {experiment.accumulate} parts (accumulate) over "
-            f"{devices} devices: take a multiple of {devices * experiment.accumulate}"
+            f"{sharding.batch_parts(mesh)} devices: take a multiple of {parts}"
         )
     built, notes = build(experiment)
     plans = []
@@ -90,9 +92,10 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
         part.trainer.step.eval_shape(  # type: ignore[attr-defined]
             part.state, part.nets, part.batch, stage.method.turn(0), stage.steps, stage.round
         )
+        part.trainer.rule.check(mesh, {"teacher": part.nets["teacher"], "params": part.state.params})
         seen = {name: _shown(value) for name, value in part.batch.items()}
         plans.append(StagePlan(stage.name, stage.steps, seen, _rows(part.trainer, part.nets, part.state, mesh)))
-    return DryRun(devices, experiment.fsdp, notes, plans)
+    return DryRun(devices, experiment.fsdp, experiment.tensor, notes, plans)
 
 
 class Built(NamedTuple):
@@ -115,6 +118,7 @@ def build(
     as `dry_run`, devices aside.
     """
     mesh = sharding.local_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    rule = sharding.rule_of(experiment.layout)
     data, notes = _data(experiment)
     key = jax.random.key(experiment.seed)
     if isinstance(experiment.network, Imported):
@@ -126,7 +130,7 @@ def build(
     batch = _batch(data, experiment.batch_size)
     built = []
     for stage in stages(experiment, data):
-        built.append(_built(stage, trainer_of(stage, mesh), net, batch))
+        built.append(_built(stage, trainer_of(stage, mesh, rule), net, batch))
         net = built[-1].result
     return built, notes
 

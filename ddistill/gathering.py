@@ -119,7 +119,7 @@ def _dtype_of_use(layer: Any, name: str, dtype: Any) -> Any:
 
 def rematerialises(module: nnx.Module) -> bool:
     """Whether blocks of a module keep nothing for the backward pass, parameters that they gathered neither."""
-    return any(getattr(part, "remat", False) is True for _, part in nnx.iter_modules(module))
+    return any(getattr(part, "remat", False) for _, part in nnx.iter_modules(module))
 
 
 def placed(code: Any, place: Place | None) -> Any:

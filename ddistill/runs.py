@@ -117,7 +117,7 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
     def from_pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
         key = jax.random.fold_in(jax.random.key(e.seed), number)
         if not wanted.count:
-            batches, mesh = data.source(e.batch_size, e.seed, 0.0), sharding.make_mesh(e.fsdp)
+            batches, mesh = data.source(e.batch_size, e.seed, 0.0), sharding.make_mesh(e.fsdp, e.tensor)
             return fresh_pairs(teacher, process, key, batches, mesh, steps=wanted.steps, integrator=wanted.integrator)
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
@@ -237,13 +237,20 @@ def _run(
     profile: range | None,
 ) -> Result:
     key = jax.random.key(experiment.seed)
-    mesh, architecture = sharding.make_mesh(experiment.fsdp), experiment.network
-    at = data, experiment.process, jax.random.fold_in(key, 0)
-    network = architecture.build(*at, mesh) if isinstance(architecture, Imported) else architecture.build(*at)
+    mesh, rule = sharding.make_mesh(experiment.fsdp, experiment.tensor), sharding.rule_of(experiment.layout)
+    architecture, at = experiment.network, jax.random.fold_in(key, 0)
+    if isinstance(architecture, Imported):
+        network = architecture.build(data, experiment.process, at, mesh, rule)
+    elif mesh.size == 1:
+        network = architecture.build(data, experiment.process, at)
+    else:
+        network = sharding.created(
+            mesh, lambda at: architecture.build(data, experiment.process, at), at, rule=rule
+        )  # fmt: skip
     try:
         results = run(
             plan, network, jax.random.fold_in(key, 1),
-            mesh=mesh, log=log, workdir=workdir,
+            mesh=mesh, rule=rule, log=log, workdir=workdir,
             log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
             steps_per_dispatch=experiment.steps_per_dispatch, divergence=experiment.divergence, profile=profile,
             stop=stop,

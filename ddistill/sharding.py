@@ -39,7 +39,8 @@ Axes = str | tuple[str, ...] | None
 class Rule:
     """How arrays are split; one short rule, and exceptions to it. Hashable.
 
-    The longest dimension that "fsdp" divides is split over it, with "tensor" where that divides it too; of matrices in
+    The longest dimension that "fsdp" divides into whole tiles of a TPU, rows before columns, is split over it, and over
+    "tensor" where that divides it too; of matrices in
     the blocks of a transformer (`COLUMNS`, `ROWS`) "tensor" takes the outputs or the inputs, and "fsdp" the other. The
     axis that counts the blocks of a stack is never split: one block of it would be on one device alone. Arrays of fewer
     than `smallest` elements, of a stack those of one block, are on every device.
@@ -76,7 +77,7 @@ class Rule:
         for size, over in choices:
             free = [i for i, n in enumerate(shape) if i != split and n % size == 0]
             if free and size > 1:
-                spec[max(free, key=lambda i: shape[i])] = over
+                spec[max(free, key=lambda i: _worth(shape, i, size))] = over
                 break
         return PartitionSpec(*spec)
 
@@ -131,6 +132,15 @@ def _exception(mesh, path: str, shape: tuple[int, ...], pattern: str, axes: tupl
                 "which does not divide it: split another dimension, or leave it to the rule"
             )
     return PartitionSpec(*axes)
+
+
+def _worth(shape: tuple[int, ...], i: int, parts: int) -> tuple[bool, bool, int]:
+    """What makes a dimension the one to split: parts of whole tiles, rows rather than columns, and its length.
+
+    TPUs keep arrays in tiles of 8 rows and 128 columns; parts of tiles are padded, and sums of them reduced whole.
+    """
+    last = i == len(shape) - 1
+    return shape[i] // parts % (128 if last else 8) == 0, not last, shape[i]
 
 
 def _tensor_dimension(path: str, shape: tuple[int, ...]) -> int | None:

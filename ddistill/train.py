@@ -114,11 +114,13 @@ def make_trainer(
         return sharding.created(mesh, lambda nets, key: build(nets, key, space), nets, key, rule=rule)
 
     def begin(teacher: Net, key: Array, space: Space = UNKNOWN) -> tuple[dict[str, Net], State]:
-        def both(teacher, key):
+        def both(teacher, key, finish=build):
             k_nets, k_state = jax.random.split(key)
             nets = start(teacher, k_nets, space)
-            return {n: net.replace(params=None) for n, net in nets.items()}, build(nets, k_state, space)
+            return {n: net.replace(params=None) for n, net in nets.items()}, finish(nets, k_state, space)
 
+        if mesh.size == 1:  # step by step, to the bit as networks are made without a mesh
+            return both(teacher, key, init)
         return sharding.created(mesh, both, teacher, key, rule=rule)
 
     def step(

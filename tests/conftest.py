@@ -50,8 +50,7 @@ def x64():
 @pytest.fixture(scope="module")
 def one_device():
     """Trainings use one of the eight devices, for tests that are not about many: these compile in less time."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=auto)
+    mesh = sharding.local_mesh(jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda fsdp=1: mesh)
+        patch.setattr(sharding, "make_mesh", lambda fsdp=1, tensor=1: mesh)
         yield mesh

@@ -1,6 +1,5 @@
 """Reading models of diffusers: tensors slice by slice, configurations, schedulers, networks."""
 
-import functools
 import json
 
 import jax
@@ -172,7 +171,7 @@ def test_a_pipeline_becomes_a_teacher_bit_for_bit_on_one_device_and_on_eight(tmp
     np.testing.assert_allclose(call(net, x, 7.0, labels), call(expected, x, 7.0, labels), rtol=1e-5, atol=1e-5)
 
 
-def test_shards_of_a_parameter_are_read_from_their_part_of_the_file_alone(monkeypatch):
+def test_shards_of_a_parameter_are_read_from_their_part_of_the_file_alone():
     tensors = tensors_for(SMALL)
     reads = []
 
@@ -185,10 +184,10 @@ def test_shards_of_a_parameter_are_read_from_their_part_of_the_file_alone(monkey
             reads.append(part.size)
             return part
 
-    monkeypatch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, smallest=1))
     process, precondition = diffusion_of(DDIM)
     lazy = {name: Watched(name) for name in tensors}
-    net = network_from(lazy, lambda: make(SMALL), process, precondition, sharding.make_mesh(8))
+    mesh, rule = sharding.make_mesh(8), sharding.Rule(smallest=1)
+    net = network_from(lazy, lambda: make(SMALL), process, precondition, mesh, rule)
     name = "transformer_blocks.stack.ff.net.2.kernel"  # [2, 64, 16] over eight devices
     assert net.params[name].sharding.spec == PartitionSpec(None, "fsdp", None)
     assert max(reads) < max(a.size for a in tensors.values())

@@ -171,7 +171,7 @@ def test_large_arrays_are_split_over_fsdp_and_batches_over_all_devices():
     mesh = sharding.make_mesh(4)
     tree = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512), "odd": jnp.zeros((301, 303))}
     specs = {name: tuple(s.spec) for name, s in sharding.state_shardings(mesh, tree).items()}
-    assert specs == {"kernel": (None, "fsdp"), "bias": (), "odd": ()}
+    assert specs == {"kernel": ("fsdp", None), "bias": (), "odd": ()}
     placed = sharding.put_batch(mesh, {"x": np.zeros((16, 3))})["x"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     with pytest.raises(ValueError, match="batch of 12 does not split over 8 devices"):

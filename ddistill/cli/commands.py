@@ -154,11 +154,12 @@ def _tell(name: str, done: DryRun) -> None:
     console = screen()
     for note in done.notes:
         console.print(f"Not there: {note}", highlight=False, markup=False)
+    tensor = f", tensor = {done.tensor}" if done.tensor > 1 else ""
     for stage in done.stages:
         table = Table(
             "network", "updated", "parameters", "trained", "weights", "optimiser", "gradients",
             title=f"{name}: {stage.name}, {stage.steps:,} steps", title_justify="left", box=SIMPLE_HEAD,
-            caption=f"bytes on each of {done.devices} devices, fsdp = {done.fsdp}; activations are not counted",
+            caption=f"bytes on each of {done.devices} devices, fsdp = {done.fsdp}{tensor}; activations are not counted",
         )  # fmt: skip
         for column in table.columns[2:]:
             column.justify = "right"
@@ -237,7 +238,7 @@ def sample(command: Sample) -> None:
     else:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
-    x = np.asarray(across(sampler, make_mesh(experiment.fsdp)).draw(noise, labels, key).x)
+    x = np.asarray(across(sampler, make_mesh(experiment.fsdp, experiment.tensor)).draw(noise, labels, key).x)
     if not hosts.first():
         return
     command.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,13 @@ from rich.table import Table
 from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.evaluate import steps_of
+from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
 from ddistill.cli.output import cell, say, screen, write_json
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
 from ddistill.config import Imported, PairsData
+from ddistill.data.records import digest_of
 from ddistill.datasets import LatentFolder
-from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of
+from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of, real_variety
 from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, is_images, to_bytes
 from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
 from ddistill.evaluate.scores import METRICS, STANDARD, chosen, wanted
@@ -27,7 +29,6 @@ from ddistill.evaluate.seen import Seen, look, part_of_process
 from ddistill.evaluate.statistics import (
     Statistics,
     check_statistics,
-    identity,
     open_statistics,
     save_statistics,
     statistics_in,
@@ -35,11 +36,9 @@ from ddistill.evaluate.statistics import (
     with_moments,
 )
 from ddistill.hub.autoencoders import load_autoencoder
-from ddistill.hub.features import NETWORKS, Features, load_features
+from ddistill.hub.features import Features
 from ddistill.methods.base import sampling_of
 from ddistill.net import Net, guided
-from ddistill.networks.inception import InceptionConfig
-from ddistill.networks.preprocess import PREPROCESSINGS, cmmd
 from ddistill.runs import Opened, student_stages
 
 Row = dict[str, Any]
@@ -54,10 +53,14 @@ def study(command: Evaluate, opened: Opened) -> None:
     """Judge the samplers of a run, row by row."""
     out = command.run / "evaluation" if command.out is None else command.out
     theirs = None if command.reference is None else statistics_in(command.reference)
-    networks = open_networks(command.features, command.resize or _resize_of(theirs))
-    names = chosen(command.metrics, networks)
-    networks = {kind: networks[kind] for kind in sorted({METRICS[name].feature.split(".")[0] for name in names})}
-    decode = decoder(opened, command.models)
+    given = open_networks(command.features, command.resize or _resize_of(theirs))
+    prompts = None if command.prompts is None else read_prompts(command.prompts)
+    names = chosen(command.metrics, given.kinds, prompts is not None)
+    kinds = {METRICS[name].feature.split(".")[0] for name in names}
+    networks = {kind: features for kind, features in sorted(given.features.items()) if kind in kinds}
+    used = dataclasses.replace(given, features=networks, lpips=given.lpips if "lpips" in kinds else None)
+    folder = models_of(opened, command.models)
+    decode = decoder(opened, folder)
     shape = to_bytes(decode(np.zeros((1, *opened.data.shape), np.float32))).shape[1:]
     in_colour(np.zeros((1, *shape), np.uint8))
     real, notes = reference(command, opened, networks, names, decode, shape, theirs, out)
@@ -65,7 +68,8 @@ def study(command: Evaluate, opened: Opened) -> None:
     made = {
         "run": fingerprint(command.run),
         "metrics": list(names),
-        "networks": identity(networks),
+        "networks": used.identity(),
+        "prompts": None if prompts is None else digest_of(np.frombuffer("\n".join(prompts).encode(), np.uint8)),
         "reference": {k: real.about.get(k) for k in ("source", "images", "resolution")},
         "samples": count,
         "seed": command.seed,
@@ -73,10 +77,16 @@ def study(command: Evaluate, opened: Opened) -> None:
         "teacher": [command.integrator, command.teacher_steps],
     }
     rows = kept_rows(out, made)
-    experiment = opened.experiment
+    experiment, size = opened.experiment, command.batch_size
+    if prompts is None:
+        conditions = conditions_of(opened.data, size, command.seed)
+    else:
+        conditions = prompt_conditions(opened.data, prompts, folder, size, shape[0])
+    texts = text_embeddings(given, prompts) if prompts is not None and "clip_score" in names else None
+    mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
     what = Study(
-        experiment.process, opened.data.shape, conditions_of(opened.data, command.batch_size, command.seed), decode,
-        sharding.make_mesh(experiment.fsdp), networks, names, real, count, command.batch_size, command.seed,
+        experiment.process, opened.data.shape, conditions, decode, mesh, networks, names, real, count, size,
+        command.seed, texts, used.lpips, opened.data.num_classes,
     )  # fmt: skip
     table = _table(names, rows, real)
     with Live(table, console=screen(), refresh_per_second=2) as live:
@@ -89,7 +99,10 @@ def study(command: Evaluate, opened: Opened) -> None:
                 live.update(_table(names, rows, real))
 
         if not any(row["nfe"] is None for row in rows):
-            add(floor(what, _own(command, opened, what) if real.halves is None else None))
+            row = floor(what, _own(command, opened, what) if real.halves is None else None)
+            if row is not None and used.lpips is not None:
+                row["lpips"] = real_variety(images_of(opened.data, "the data", decode), used.lpips, command.seed)
+            add(row)
         have = {(row["sampler"], row["steps"]) for row in rows}
         for sampler in plan(opened, steps_of(opened, command.steps), command.integrator, command.teacher_steps):
             if (sampler.name, sampler.steps) not in have:
@@ -106,45 +119,28 @@ def study(command: Evaluate, opened: Opened) -> None:
     say(f"Wrote {out}/table.json and table.csv")
 
 
-def open_networks(given: Sequence[str], resize: str) -> dict[str, Features]:
-    """The networks of flags NETWORK=FILE by kind: inception, dinov2, clip, and cmmd, which is CLIP as CMMD has it.
+def models_of(opened: Opened, given: Path | None) -> Path | None:
+    """The folder of the models that decode a run's latents, None where its samples are images themselves.
 
-    resize: the name of Inception's preprocessing. Raises ValueError for unknown networks and for two of one kind.
+    Raises ValueError where samples are latents and no folder is known.
     """
-    found: dict[str, Features] = {}
-    for flag in given:
-        name, there, file = flag.partition("=")
-        config = NETWORKS.get({"inception": InceptionConfig().name}.get(name, name))
-        if config is None or not there:
-            raise ValueError(
-                f"--features {flag}: give NETWORK=FILE, with one of the networks inception, "
-                f"{', '.join(sorted(set(NETWORKS) - {InceptionConfig().name}))}"
-            )
-        inception = isinstance(config, InceptionConfig)
-        features = load_features(config, Path(file), PREPROCESSINGS[resize](299) if inception else None)
-        kind = "inception" if inception else "clip" if getattr(config, "clip", False) else "dinov2"
-        if kind in found:
-            raise ValueError(f"--features names two networks of the kind {kind}, of which one is compared")
-        found[kind] = features
-        if kind == "clip":
-            found["cmmd"] = dataclasses.replace(features, preprocessing=cmmd(features.size))
-    return found
-
-
-def decoder(opened: Opened, models: Path | None) -> Decode:
-    """From samples to brightness: by an autoencoder where they are latents. Raises ValueError where there is none."""
-    experiment, to_unit = opened.experiment, opened.data.to_unit
+    experiment = opened.experiment
     data = experiment.data.data if isinstance(experiment.data, PairsData) else experiment.data
-    folder = models or getattr(to_unit, "models", None)
+    folder = given or getattr(opened.data.to_unit, "models", None)
     if folder is None and isinstance(data, LatentFolder):
         network = experiment.network
         if not isinstance(network, Imported) or not (Path(network.folder) / "vae").is_dir():
             raise ValueError("this run's samples are latents: give the folder of their autoencoder, --models FOLDER")
         folder = Path(network.folder)
-    if folder is None:
-        return to_unit
+    return folder
+
+
+def decoder(opened: Opened, models: Path | None) -> Decode:
+    """From samples to brightness: by the autoencoder in a folder where they are latents."""
+    if models is None:
+        return opened.data.to_unit
     mesh = sharding.local_mesh()
-    autoencoder = load_autoencoder(folder, mesh=mesh)
+    autoencoder = load_autoencoder(models, mesh=mesh)
 
     def decode(latents: np.ndarray) -> np.ndarray:
         whole = -(-len(latents) // mesh.size) * mesh.size

@@ -97,14 +97,15 @@ def load_network(
     precondition: Preconditioning | None = None,
     *,
     mesh: Mesh | None = None,
+    rule: sharding.Rule = sharding.Rule(),  # noqa: B008
     dtype: jnp.dtype = jnp.float32,
     remat: Remat = False,
     variant: str | None = None,
 ) -> Net:
     """The denoiser of a pipeline's or model's folder as a teacher.
 
-    process, precondition: by default as the folder's scheduler says. mesh: parameters lie on it as
-    `sharding.state_shardings` has it; by default on one device. The network computes in dtype; its parameters are
+    process, precondition: by default as the folder's scheduler says. mesh: parameters lie on it by the rule; by default
+    on one device. The network computes in dtype; its parameters are
     float32, whatever the file holds. variant: of the file, "fp16" for example. The host never holds more than one
     parameter. What only students read (the embeddings of their target and guidance) starts as a new network's, at 0.
 
@@ -118,7 +119,7 @@ def load_network(
     def make() -> nnx.Module:
         return kind.network(config, dtype=dtype, remat=remat, rngs=rngs_of(0))
 
-    return network_from(open_weights(folder, variant), make, process, precondition, mesh)
+    return network_from(open_weights(folder, variant), make, process, precondition, mesh, rule)
 
 
 def network_from(
@@ -127,6 +128,7 @@ def network_from(
     process: Process,
     precondition: Preconditioning,
     mesh: Mesh | None = None,
+    rule: sharding.Rule = sharding.Rule(),  # noqa: B008
 ) -> Net:
     """A teacher of the module that make() gives, which is never allocated, with its parameters read from tensors."""
     abstract = from_nnx(nnx.eval_shape(make), process, precondition)
@@ -137,7 +139,7 @@ def network_from(
         path: _read(path, shapes[path], read[path], tensors, where)
         if path in read
         else jax.device_put(new[path], where)
-        for path, where in _places(shapes, mesh).items()
+        for path, where in _places(shapes, mesh, rule).items()
     }
     rest = {path: _buffer(path, leaf, tensors) if path in read else new[path] for path, leaf in abstract.rest.items()}
     return abstract.replace(params=params, rest=rest)
@@ -176,11 +178,13 @@ def plan(tensors: Mapping[str, Any], net: Net) -> tuple[dict[str, list[Tensor]],
     return read, {path for path in (*net.params, *net.rest) if path not in read}
 
 
-def _places(params: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+def _places(
+    params: Mapping[str, Any], mesh: Mesh | None, rule: sharding.Rule = sharding.Rule()  # noqa: B008
+) -> dict[str, jax.sharding.Sharding]:  # fmt: skip
     """Where each parameter lies: on the mesh, or without one on one device."""
     if mesh is None:
         return dict.fromkeys(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    return sharding.state_shardings(mesh, dict(params))
+    return sharding.state_shardings(mesh, dict(params), rule)
 
 
 def _left_out(path: str, parts: list[Tensor], tensors: Mapping[str, Any]) -> bool:
