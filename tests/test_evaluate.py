@@ -17,11 +17,12 @@ from safetensors.numpy import save_file
 
 from ddistill import sharding
 from ddistill.cli import evaluate as command
-from ddistill.cli import main, study
+from ddistill.cli import main, networks, study
 from ddistill.config import Data, Experiment
 from ddistill.datasets import LatentFolder
 from ddistill.evaluate import quality
 from ddistill.evaluate.quality import Spent, Study, draws, labels_in_turn
+from ddistill.evaluate.real import images_of
 from ddistill.evaluate.samplers import Sampler
 from ddistill.evaluate.seen import Seen
 from ddistill.evaluate.statistics import Statistics
@@ -30,6 +31,7 @@ from ddistill.integrators import Solution
 from ddistill.methods import KD, Consistency
 from ddistill.net import Net
 from ddistill.networks.autoencoder import DOWN, UP, AutoencoderKL, AutoencoderKLConfig
+from ddistill.networks.conditions import Prompt
 from ddistill.process import edm
 from ddistill.runs import Opened
 
@@ -72,7 +74,7 @@ def run(tmp_path, monkeypatch):
     experiment = Experiment("noise", Consistency(), data=Noise())
     opened = Opened(experiment, experiment.data.load(), gaussian(), flow_map())
     monkeypatch.setattr(command, "open_run", lambda folder: opened)
-    monkeypatch.setattr(study, "load_features", lambda config, path, resize: linear_features(SIDE, name=config.name))
+    monkeypatch.setattr(networks, "load_features", lambda config, path, resize: linear_features(SIDE, name=config.name))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "experiment.json").write_text("{}")
@@ -233,6 +235,58 @@ def test_times_are_those_after_the_first_call(monkeypatch):
     assert (spent.compiling, spent.sampling, spent.images) == (100, 6, 24)
 
 
+def test_images_are_scored_with_the_prompts_that_they_were_drawn_for(monkeypatch):
+    clip = linear_features(SIDE)
+    texts = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
+    what = judged_by(sharding.make_mesh(), 20, 8)
+    what = dataclasses.replace(what, networks={"clip": clip}, names=("clip_score",), texts=texts)
+    sampler = Sampler("s", lambda x, c, key: Solution(x / 100 + c[:, None, None, None] / 4, 1))
+    x = np.concatenate([x for _, x in draws(sampler, what, Spent())])
+    embeddings = np.asarray(clip.apply(x)["embedding"])
+    cosines = [
+        e @ t / np.linalg.norm(e) / np.linalg.norm(t) for e, t in zip(embeddings, texts[np.arange(20) % 3], strict=True)
+    ]
+    expected = 100 * np.mean(np.maximum(cosines, 0))
+    assert quality.judge(sampler, what)["clip_score"] == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected != 100 * np.mean(np.abs(cosines))
+
+
+def test_variety_is_the_distance_within_a_condition():
+    what = judged_by(sharding.make_mesh(), 20, 8)
+    distance = lambda a, b: jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))  # noqa: E731
+    what = dataclasses.replace(what, names=("lpips",), lpips=distance, num_classes=3)
+    sampler = Sampler("s", lambda x, c, key: Solution(x / 400 + (c[:, None, None, None] - 1) / 3, 1))
+    # Of x, y from N(shade, .2²) E|x − y| = .4/√π, whatever the shade.
+    assert quality.judge(sampler, what)["lpips"] == pytest.approx(0.4 / np.sqrt(np.pi), rel=0.04)
+    x = (
+        0.2 * np.random.default_rng(0).standard_normal((60, SIDE, SIDE, 3))
+        + (np.arange(60) % 3)[:, None, None, None] / 3
+    )
+    images = images_of(Data({"x": x, "cond": np.arange(60) % 3}, (SIDE, SIDE, 3), 3), "the data")
+    assert quality.real_variety(images, distance) == pytest.approx(0.4 / np.sqrt(np.pi), rel=0.05)
+    none = dataclasses.replace(what, num_classes=0, conditions=lambda number: None)
+    plain = Sampler("s", lambda x, c, key: Solution(x / 400, 1))
+    assert quality.judge(plain, none)["lpips"] == pytest.approx(0.4 / np.sqrt(np.pi), rel=0.04)
+    with pytest.raises(ValueError, match="a batch of 1 has no two samples of one condition"):
+        quality.variety(plain, dataclasses.replace(none, batch_size=1))
+
+
+def test_prompts_are_encoded_in_turn_and_classes_take_one_each(monkeypatch, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    monkeypatch.setattr(
+        networks, "open_prompts", lambda folder: lambda texts, sizes: Prompt(jnp.asarray([[[len(t)]] for t in texts]))
+    )
+    data = Data({}, (4, 4, 3), 0, null=Prompt(np.zeros((1, 1))))
+    conditions = networks.prompt_conditions(data, ["a", "bb", "ccc"], tmp_path, 4, 64)
+    assert [conditions(i).states.reshape(-1).tolist() for i in range(2)] == [[1, 2, 3, 1], [2, 3, 1, 2]]
+    labels = networks.prompt_conditions(Data({}, (4, 4, 3), 3), ["a", "bb", "ccc"], None, 4, 64)
+    assert labels(1).tolist() == [1, 2, 0, 1]
+    with pytest.raises(ValueError, match="has 2 classes, and --prompts has 3 lines"):
+        networks.prompt_conditions(Data({}, (4, 4, 3), 2), ["a", "bb", "ccc"], None, 4, 64)
+    with pytest.raises(ValueError, match="give its folder, --models"):
+        networks.prompt_conditions(data, ["a"], None, 4, 64)
+
+
 def test_a_guided_student_has_a_guided_teacher_beside_it(monkeypatch):
     experiment = Experiment("noise", KD(), data=Noise(), guidance=2.0)
     opened = Opened(experiment, experiment.data.load(), gaussian(), gaussian())
@@ -253,7 +307,8 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_given(tmp_path):
     experiment = Experiment("latents", KD(), data=LatentFolder(Path("none")))
     opened = Opened(experiment, Data({}, (4, 4, 3), 2), gaussian(), gaussian())
     with pytest.raises(ValueError, match="samples are latents: give the folder of their autoencoder, --models"):
-        study.decoder(opened, None)
+        study.models_of(opened, None)
+    assert study.models_of(opened, tmp_path) == tmp_path
     z = np.random.default_rng(0).standard_normal((3, 4, 4, 3)).astype(np.float32)
     got = study.decoder(opened, tmp_path)(z)
     expected = np.clip(jax.jit(lambda z: code(params, rest).decode(z))(z / 0.5 + 0.1), -1, 1)

@@ -159,10 +159,14 @@ class Evaluate:
     the student serves."""
     features: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NETWORK=FILE")] = ()
     """Published weights of a network, a file or a model's folder: inception=pt_inception-2015-12-05-6726825d.pth,
-    clip-vit-l-14-336=model.safetensors, dinov2-vit-l-14=dinov2_vitl14_pretrain.pth. Once for each network."""
+    clip-vit-l-14-336=FOLDER, dinov2-vit-l-14=dinov2_vitl14_pretrain.pth, lpips-vgg16=vgg16-397923af.pth,vgg.pth. Once
+    for each network."""
     metrics: Annotated[str | None, arg(metavar="fid,kid,…")] = None
-    """fid, sfid, kid, is, precision, recall, density and coverage (Inception), fd_dinov2 (DINOv2), cmmd (CLIP); by
-    default all that the networks allow."""
+    """fid, sfid, kid, is, precision, recall, density and coverage (Inception), fd_dinov2 (DINOv2), cmmd and clip_score
+    (CLIP), lpips, the distance of samples of one condition; by default all that the networks allow."""
+    prompts: Annotated[Path | None, arg(metavar="FILE.txt")] = None
+    """A prompt in each line, which samples have in turn: for clip_score. The pipeline in --models encodes them; a run
+    on classes takes one for each class. By default the conditions of the data."""
     reference: Annotated[Path | None, arg(metavar="PATH")] = None
     """Real images: a folder, tar files, .npy or .npz with bytes, or statistics, .npz of this command or in the format
     of ADM and EDM; by default the run's data."""
@@ -181,7 +185,7 @@ class Evaluate:
     ] = "heun"  # fmt: skip
     """The teacher's usual sampler; with as few steps as the student it is sampled by DPM-Solver++(2M)."""
     models: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """The autoencoder that decodes latents, its folder or its pipeline's; by default the data's or the teacher's."""
+    """A pipeline's folder, or its autoencoder's, to decode latents; by default the data's or the teacher's."""
     resize: Literal["clean", "pytorch-fid", "tensorflow"] | None = None
     """How images are resized for Inception: as Clean-FID does, by default, or as pytorch-fid or the first FID, that of
     ADM's and EDM's statistics and the default beside these. Numbers of different ways do not compare."""

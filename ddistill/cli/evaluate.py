@@ -34,7 +34,7 @@ def evaluate(command: Evaluate) -> None:
         study(command, opened)
         return
     digits = digits_of(opened)
-    for flag in ("metrics", "reference", "models", "resize"):
+    for flag in ("metrics", "reference", "models", "resize", "prompts"):
         if getattr(command, flag) is not None:
             raise ValueError(f"--{flag} is of metrics by networks: give --features NETWORK=FILE as well")
     plan = samplers_of(opened, steps_of(opened, command.steps))

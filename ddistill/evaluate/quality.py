@@ -6,7 +6,7 @@ are.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 
 from ddistill import sharding
 from ddistill.config import Data
-from ddistill.evaluate.real import Decode, in_colour, to_bytes
+from ddistill.evaluate.kernels import clip_score
+from ddistill.evaluate.perceptual import Distance, perceptual_diversity
+from ddistill.evaluate.real import Decode, Images, in_colour, to_bytes
 from ddistill.evaluate.samplers import Sampler
 from ddistill.evaluate.scores import METRICS, STANDARD, scores, wanted
-from ddistill.evaluate.seen import Seen, Wanted, look
+from ddistill.evaluate.seen import Seen, Wanted, all_rows, look
 from ddistill.evaluate.statistics import Statistics
 from ddistill.hub.features import Features
 from ddistill.process import Process
@@ -38,7 +40,9 @@ class Study:
     """What every sampler of a run is judged by.
 
     process: of the noise. shape: of a sample. conditions: of the batches of batch_size. decode: samples to brightness
-    in [0, 1]. mesh: where batches lie. names: of metrics, in `scores.METRICS`. count: samples of each sampler.
+    in [0, 1]. mesh: where batches lie. names: of metrics, in `scores.METRICS`. count: samples of each sampler. texts:
+    embeddings [n, D] of prompts for clip_score, sample i having the prompt i mod n. lpips: a distance of images
+    [B, H, W, 3] in [−1, 1]. num_classes: of labels.
     """
 
     process: Process
@@ -52,6 +56,9 @@ class Study:
     count: int
     batch_size: int
     seed: int = 0
+    texts: np.ndarray | None = None
+    lpips: Distance | None = None
+    num_classes: int = 0
 
     @property
     def wanted(self) -> Wanted:
@@ -79,13 +86,18 @@ def judge(sampler: Sampler, study: Study) -> Row:
     spent = Spent()
     part = -(-study.batch_size // jax.process_count())
     (seen,) = look(study.networks, draws(sampler, study, spent), study.wanted, batch_size=part)
+    found = scores(study.names, seen, study.real.whole, study.seed)
+    if "clip_score" in study.names and study.texts is not None:
+        found["clip_score"] = clip_score(seen.rows["clip.embedding"], study.texts[seen.numbers % len(study.texts)])
+    if "lpips" in study.names:
+        found["lpips"] = variety(sampler, study)
     return {
         "sampler": sampler.name,
         "steps": sampler.steps,
         "nfe": spent.calls,
         "samples": seen.count,
         "seed": study.seed,
-        **scores(study.names, seen, study.real.whole, study.seed),
+        **found,
         "images_per_s": spent.images / spent.sampling,
         "wall_s": spent.sampling,
         "compile_s": spent.compiling,
@@ -141,6 +153,62 @@ def draws(sampler: Sampler, study: Study, spent: Spent) -> Iterator[tuple[np.nda
         images = in_colour(to_bytes(study.decode(samples)))
         spent.decoding += time.perf_counter() - begin
         yield first + np.arange(mine.start, mine.stop), images
+
+
+CONDITIONS, EACH = 100, 10
+"""LPIPS is of up to so many conditions, and of up to so many images of each."""
+
+
+def variety(sampler: Sampler, study: Study) -> float:
+    """Mean LPIPS distance between images of one condition, of more samples with a seed of their own.
+
+    Of up to 100 classes evenly, or of the first conditions of a batch, up to 10 images each: as many as fit evenly into
+    this process's part of a batch. Raises ValueError for parts of one sample.
+    """
+    if study.lpips is None:
+        raise ValueError("lpips needs its network: load_lpips gives one")
+    part = study.batch_size // jax.process_count()
+    each = max((n for n in range(2, EACH + 1) if part % n == 0), default=0)
+    if not each:
+        raise ValueError(f"a batch of {study.batch_size} has no two samples of one condition: take a larger even one")
+    some = min(study.num_classes, CONDITIONS) or (1 if study.conditions(0) is None else CONDITIONS)
+    groups = CONDITIONS if some == 1 else some  # without conditions all images are of one
+    labels = np.arange(groups) * study.num_classes // groups
+
+    def conditions(number: int) -> PyTree:
+        rows = _of_process(study.batch_size)
+        group = (number * study.batch_size + np.arange(rows.start, rows.stop)) // each % groups
+        if study.num_classes:
+            return labels[group].astype(np.int32)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[group % len(leaf)], study.conditions(0))
+
+    other = replace(study, conditions=conditions, count=groups * each, seed=study.seed + 1)
+    parts = list(draws(sampler, other, Spent()))
+    empty = np.zeros((0, *parts[0][1].shape[1:]), np.uint8) if parts else np.zeros((0, 1, 1, 3), np.uint8)
+    numbers = all_rows(np.concatenate([np.zeros(0, np.int64), *(n for n, _ in parts)]))
+    images = all_rows(np.concatenate([empty, *(x for _, x in parts)]))
+    order = np.argsort(numbers)
+    of = numbers[order] // each if some > 1 else np.zeros(len(numbers), int)
+    return perceptual_diversity(study.lpips, images[order].astype(np.float32) / 127.5 - 1, of, seed=study.seed)
+
+
+def real_variety(images: Images, lpips: Distance, seed: int = 0) -> float | None:
+    """The same of real images, drawn by the seed, of their labels; None where they have none.
+
+    Raises ValueError where no label has two images.
+    """
+    if images.labels is None:
+        return None
+    rng = np.random.default_rng(seed)
+    kinds, counts = np.unique(images.labels, return_counts=True)
+    kinds = kinds[counts > 1]
+    if not len(kinds):
+        raise ValueError(f"{images.source} has no label with two images, whose distance lpips could be")
+    chosen = kinds[np.arange(min(len(kinds), CONDITIONS)) * len(kinds) // min(len(kinds), CONDITIONS)]
+    numbers = [rng.permutation(np.flatnonzero(images.labels == kind))[:EACH] for kind in chosen]
+    parts = list(images.batches(64, sorted(int(i) for i in np.concatenate(numbers))))
+    x = np.concatenate([in_colour(batch) for _, batch in parts]).astype(np.float32) / 127.5 - 1
+    return perceptual_diversity(lpips, x, images.labels[np.concatenate([n for n, _ in parts])], seed=seed)
 
 
 def labels_in_turn(num_classes: int, batch_size: int) -> Conditions:

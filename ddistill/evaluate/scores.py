@@ -19,15 +19,16 @@ Scores = dict[str, float]
 class Metric:
     """A metric of two sets of images.
 
-    title: for tables. needs: the feature it reads, "network.output", and whether its moments or its rows. score:
-    (fake, real, seed) -> numbers by name, the first of which has the metric's own. better: which end is good. form: of
-    the number. how: its settings, in words.
+    title: for tables. feature: what it reads, "network.output", of which the moments or the rows; "pairs" are those of
+    images. score: (fake, real, seed) -> numbers by name, the first of which has the metric's own; None where samplers
+    are judged by more than two sets of images (`quality`). better: which end is good. form: of the number. how: its
+    settings, in words.
     """
 
     title: str
     feature: str
-    of: Literal["moments", "rows"]
-    score: Callable[[Seen, Seen, int], Scores]
+    of: Literal["moments", "rows", "pairs"]
+    score: Callable[[Seen, Seen, int], Scores] | None
     better: Literal["lower", "higher"]
     form: str
     how: str
@@ -84,6 +85,8 @@ METRICS: Mapping[str, Metric] = {
         "FD-DINOv2", "dinov2.embedding", "moments", _frechet("fd_dinov2", "dinov2.embedding"), "lower", ".1f", ""
     ),
     "cmmd": Metric("CMMD", "cmmd.embedding", "rows", _cmmd, "lower", ".3f", "σ = 10, times 1000"),
+    "clip_score": Metric("CLIP", "clip.embedding", "rows", None, "higher", ".2f", "100 max(cos, 0) with the prompts"),
+    "lpips": Metric("LPIPS", "lpips.distance", "pairs", None, "higher", ".3f", "between images of one condition"),
 }
 """Metrics by name."""
 
@@ -92,14 +95,16 @@ SHORT = {"is": "inception_score"}
 """Other names that are taken for metrics."""
 
 
-def chosen(names: str | None, networks: Iterable[str]) -> tuple[str, ...]:
+def chosen(names: str | None, networks: Iterable[str], prompts: bool = False) -> tuple[str, ...]:
     """The names of metrics in "fid,kid", or those that the given networks allow where there are none.
 
-    Raises ValueError for unknown ones, and for those whose network is not given.
+    prompts: whether there are some, which clip_score needs. Raises ValueError for unknown metrics, and for those whose
+    network is not given.
     """
     networks = set(networks)
     if names is None:
-        return tuple(name for name, metric in METRICS.items() if metric.feature.split(".")[0] in networks)
+        allowed = [name for name, metric in METRICS.items() if metric.feature.split(".")[0] in networks]
+        return tuple(name for name in allowed if name != "clip_score" or prompts)
     asked = tuple(dict.fromkeys(SHORT.get(name.strip(), name.strip()) for name in names.split(",") if name.strip()))
     unknown = [name for name in asked if name not in METRICS]
     if unknown or not asked:
@@ -111,6 +116,8 @@ def chosen(names: str | None, networks: Iterable[str]) -> tuple[str, ...]:
             f"{', '.join(needing)} need features of {', '.join(sorted(lacking))}: give the file of its weights, "
             f"--features {sorted(lacking)[0]}=FILE"
         )
+    if "clip_score" in asked and not prompts:
+        raise ValueError("clip_score is of images and their prompts: give them, one a line, with --prompts FILE")
     return asked
 
 
@@ -124,6 +131,7 @@ def scores(names: Sequence[str], fake: Seen, real: Seen, seed: int = 0) -> Score
     """All numbers of some metrics: those of their names, and kid_std, is_std, fid_clipped and the like beside them."""
     found: Scores = {}
     for name in names:
-        if name not in found:
-            found |= METRICS[name].score(fake, real, seed)
+        score = METRICS[name].score
+        if name not in found and score is not None:
+            found |= score(fake, real, seed)
     return {key: value for key, value in found.items() if key in names or key.rpartition("_")[2] in ("std", "clipped")}
