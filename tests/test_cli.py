@@ -31,7 +31,7 @@ def test_help_needs_neither_jax_nor_flax_nor_optax():
         "import sys\n"
         "from ddistill.cli import main\n"
         "for argv in ([], ['quickstart'], ['distill'], ['sample'], ['evaluate'], ['methods'], ['pairs'], ['invert'],"
-        " ['compare'], ['bench', 'exact']):\n"
+        " ['compare'], ['report'], ['bench', 'exact']):\n"
         "    try:\n"
         "        main([*argv, '--help'])\n"
         "    except SystemExit as exit:\n"
