@@ -131,7 +131,9 @@ def retried(
 
 
 @contextmanager
-def mirrored(target: Path, every: float = 30.0, tell: Callable[[str], None] = print) -> Iterator[Path]:
+def mirrored(
+    target: Path, every: float = 30.0, *, pauses: Sequence[float] = PAUSES, tell: Callable[[str], None] = print
+) -> Iterator[Path]:
     """A folder on disk whose files are copied to a bucket while they grow, and those that are there before it begins.
 
     For files that are appended to, which buckets do not have. every: seconds between copies. Where the last copy fails
@@ -169,7 +171,7 @@ def mirrored(target: Path, every: float = 30.0, tell: Callable[[str], None] = pr
         ended.set()
         thread.join()
         try:
-            retried(copy_changed, f"copy the log to {target}")
+            retried(copy_changed, f"copy the log to {target}", pauses=pauses)
             remove(local)
         except Exception as error:
             tell(f"{error}. The log is in {local}")

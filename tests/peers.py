@@ -29,19 +29,21 @@ class Plane:
 
 def experiments():
     """Methods whose losses are compared, without the training of a teacher."""
-    from ddistill.config import Experiment, MLPNetwork
+    from ddistill.config import Experiment, MLPNetwork, Optimizer
     from ddistill.integrators import euler
+    from ddistill.losses.distances import L2
     from ddistill.methods import DMD, Consistency, Progressive
 
     methods = {
-        "consistency": Consistency(intervals=4, max_intervals=8, solver=euler),
+        "consistency": Consistency(intervals=4, max_intervals=8, solver=euler, distance=L2()),
         "dmd": DMD(),
         "progressive": Progressive(start=4, stop=1, solver=euler),
     }
-    return {
-        name: Experiment(name, method, Plane(), network=MLPNetwork(width=8, blocks=1), steps=STEPS, batch_size=16)
-        for name, method in methods.items()
-    }
+    common = {
+        "data": Plane(), "network": MLPNetwork(width=8, blocks=1), "steps": STEPS, "batch_size": 16,
+        "optimizer": Optimizer(learning_rate=2e-4),  # small steps, which do not multiply rounding errors
+    }  # fmt: skip
+    return {name: Experiment(name, method, **common) for name, method in methods.items()}
 
 
 def experiment():
@@ -56,8 +58,8 @@ def experiment():
     )  # fmt: skip
 
 
-def losses(folder: Path, mesh=None) -> dict[str, list[list[float]]]:
-    """Train each method in a folder of its name, from where it is; answers (step in all rounds, loss) for each step."""
+def losses(folder: Path | None, *names: str) -> dict[str, list[list[float]]]:
+    """Train methods, in folders of their names from where they are; answers (step in all rounds, loss) of each step."""
     import jax
 
     from ddistill.log import Silent
@@ -66,18 +68,16 @@ def losses(folder: Path, mesh=None) -> dict[str, list[list[float]]]:
     from ddistill.stages import run
 
     told = {}
-    for name, e in experiments().items():
+    for name in names:
+        e = experiments()[name]
         data = e.data.load()
         teacher: Net = e.network.build(data, e.process, jax.random.key(1))
         noise = iter(jax.random.split(jax.random.key(2), 100))
         teacher = teacher.replace(  # a fresh network answers c_skip x, from which nothing is learned
-            params=jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(noise), p.shape), teacher.params)
+            params=jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), teacher.params)
         )
-        log, stages = Silent(), student_stages(e, data)
-        run(
-            stages, teacher, jax.random.key(3), mesh=mesh, log=log, workdir=folder / name,
-            log_every=1, checkpoint_every=CUT,
-        )  # fmt: skip
+        log, stages, workdir = Silent(), student_stages(e, data), None if folder is None else folder / name
+        run(stages, teacher, jax.random.key(3), log=log, workdir=workdir, log_every=1, checkpoint_every=CUT)
         before = {s.name: sum(other.steps for other in stages[:i]) for i, s in enumerate(stages)}
         told[name] = [[before[row["stage"]] + row["step"], row["student/loss"]] for row in log.rows]
     return told
@@ -98,7 +98,7 @@ def commands(folder: Path, flags: list[str]) -> None:
 
 
 def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
-    """Join the others, and do the tasks: names of folders in which methods are trained, or commands."""
+    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name or in none, or commands."""
     from ddistill.hosts import Peers, first, join
 
     assert join(Peers(processes, process, f"localhost:{port}", join_timeout=120, heartbeat=30))
@@ -107,9 +107,10 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
             os.environ.update(DDISTILL_PROCESSES=str(processes), DDISTILL_PROCESS=str(process))
             commands(folder / f"commands-{processes}", ["--coordinator", f"localhost:{port}"])
             continue
-        told = losses(folder / task)
+        name, methods = task.split(":")
+        told = losses(None if name == "four" else folder / name, *methods.split(","))
         if first():
-            (folder / f"{task}.json").write_text(json.dumps(told))
+            (folder / f"{name}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
