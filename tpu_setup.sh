@@ -400,7 +400,7 @@ ended() {
 }
 
 supervise() {
-    local state before='' created=0 troubles=0
+    local state before='' created=0 troubles=0 seen=0
     if ((dry)); then
         create
         install
@@ -416,29 +416,37 @@ supervise() {
         if [[ $state == READY ]]; then state="READY, run: $(states_of_run)"; fi
         if [[ $state != "$before" ]]; then printf '%(%Y-%m-%dT%H:%M:%S)T  %s: %s\n' -1 "$name" "$state"; fi
         before=$state
-        case $state in
+        case $seen$state in
             *UNREACHABLE*) troubles=$((troubles + 1)) ;;
-            READY*failed*)
+            ?READY*uninstalled*)
+                if install && start "$@"; then troubles=0; else troubles=$((troubles + 1)); fi
+                ;;
+            0READY*failed* | 0READY*stopped* | ?READY*absent* | ?READY*lost*)
+                # Typed anew after a stop or a failure, it goes on; what happens under its eyes ends it.
+                if start "$@"; then troubles=0; else troubles=$((troubles + 1)); fi
+                ;;
+            ?READY*failed*)
                 stop || true
                 ended "the run failed on a worker; see 'log' and, on each worker, ddistill-runs/$job/log" 1
                 ;;
-            READY*stopped*) ended 'the run was stopped' 0 ;;
-            READY*uninstalled*)
-                if install && start "$@"; then troubles=0; else troubles=$((troubles + 1)); fi
-                ;;
-            READY*absent* | READY*lost*)
-                if start "$@"; then troubles=0; else troubles=$((troubles + 1)); fi
-                ;;
-            READY*running*) troubles=0 ;;
-            READY*finished*) ended 'the run is done' 0 ;;
-            FAILED) give_up "$(why_failed)" ;;
-            SUSPENDED | PREEMPTED | TERMINATED) if ! delete_slice; then troubles=$((troubles + 1)); fi ;;
-            ABSENT)
+            ?READY*stopped*) ended 'the run was stopped' 0 ;;
+            ?READY*running*) troubles=0 ;;
+            ?READY*finished*) ended 'the run is done' 0 ;;
+            ?FAILED) give_up "$(why_failed)" ;;
+            ?SUSPENDED | ?PREEMPTED | ?TERMINATED) if ! delete_slice; then troubles=$((troubles + 1)); fi ;;
+            ?ABSENT)
                 ((created <= recreate)) || give_up "$name was taken away $created times: given up; see --recreate"
-                if create_slice; then created=$((created + 1)) troubles=0; else troubles=$((troubles + 1)); fi
+                # What could be created once is wanted for as long as nothing is free.
+                if create_slice; then
+                    created=$((created + 1)) troubles=0
+                else
+                    troubles=$((troubles + (created + seen == 0)))
+                fi
                 ;;
-            STOPPED | HIDDEN) give_up "$name is $state: 'gcloud compute tpus tpu-vm start' or 'delete' it" ;;
+            ?STOPPED | ?HIDDEN) give_up "$name is $state: 'gcloud compute tpus tpu-vm start' or 'delete' it" ;;
+            *) troubles=0 ;;
         esac
+        if [[ $state == READY* ]] && ((troubles == 0)); then seen=1; fi
         ((troubles < 20)) || give_up 'twenty attempts in a row did not work: given up; gcloud and the workers say why above'
         sleep "$every"
     done

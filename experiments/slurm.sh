@@ -20,7 +20,8 @@ Run experiments on GPUs under SLURM.
         --nodes N            1 by default
         --gpus-per-node N    1 by default; 0 asks for none
         --tasks-per-node N   as many as GPUs, or 1
-        --sbatch OPTION      one more option of sbatch: --sbatch=--partition=gpu, --sbatch=--time=24:00:00; repeatable
+        --sbatch OPTION      one more option of sbatch, repeatable: --sbatch=--partition=gpu, --sbatch=--time=24:00:00,
+                             --sbatch=--cpus-per-task=8 (one for each task by default, which is few for images)
         --restarts N         crashes in a row after which it gives up, 3 by default
         --dry-run            print the command and run none
   bash experiments/slurm.sh log FOLDER [--no-follow]
@@ -147,6 +148,8 @@ job() {
     trap 'heard=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
     trap 'heard=1 stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
     export PYTHONUNBUFFERED=1
+    # Unlike the rest of what sbatch was asked for, srun does not take this over.
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     # One process that ends does not end the others, which may be saving; ten minutes after the first one they are.
     srun --kill-on-bad-exit=0 --wait=600 --label ddistill distill "$@" &
     while :; do

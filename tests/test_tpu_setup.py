@@ -1,6 +1,8 @@
 """tpu_setup.sh and the supervisor on workers, without a TPU: with a stand-in for gcloud, whose workers are folders."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from ddistill import cli
+from ddistill.cli import commands
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, SUPERVISE = ROOT / "tpu_setup.sh", ROOT / "experiments" / "supervise.sh"
@@ -261,19 +266,18 @@ def test_a_slice_lives_is_preempted_and_comes_back_until_its_run_is_done(cloud):
     assert cloud.run("stop").stdout.count("pod: stopped") == 2
     saved = [int((cloud.work / f"worker-{n}").read_text()) for n in range(2)]
 
-    # Begun by hand, preempted under the eyes of supervise, and begun by it where it was saved.
-    assert cloud.run("start", "--env", "WORD=it", *cloud.distil()).returncode == 0
-    until(lambda: all(len(lines) == 2 for lines in cloud.begun()))
+    # Begun again by supervise, preempted under its eyes, and begun once more where it was saved.
     words = [BASH, str(SCRIPT), "supervise", *PLACE, "--every", "0.1", *map(str, started)]
     watch = subprocess.Popen(
         words, env={**os.environ, "PATH": cloud.path, **cloud.more}, stdout=subprocess.PIPE, text=True
     )
+    until(lambda: all(len(lines) == 2 for lines in cloud.begun()))
     cloud.preempt()
     until(lambda: all(len(lines) == 3 for lines in cloud.begun()))
     (cloud.work / "enough").touch()
     said, _ = watch.communicate(timeout=120)
     assert watch.returncode == 0 and said.splitlines()[-1] == "tpu_setup.sh: the run is done"
-    assert "pod: SUSPENDED" in said and "pod: READY, run: uninstalled" in said
+    assert "pod: READY, run: stopped" in said and "pod: SUSPENDED" in said and "pod: READY, run: uninstalled" in said
     for lines, steps in zip(cloud.begun(), saved, strict=True):
         assert lines[1:] == [f"it begins at {steps}"] * 2
     assert all((home / "data").exists() for home in (cloud.state / "pod").iterdir())
@@ -398,3 +402,33 @@ def test_scripts_are_clean():
     scripts = [SCRIPT, *sorted((ROOT / "experiments").glob("*.sh"))]
     done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def typed():
+    """The commands of the page for pods, each a list of words."""
+    text = (ROOT / "experiments" / "pods.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield from (shlex.split(command) for command in re.split(r"\n| && ", block) if command.strip())
+
+
+@pytest.mark.parametrize("words", [w for w in typed() if w[0] == "bash"], ids=" ".join)
+def test_scripts_take_what_the_page_for_pods_types(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, action, *rest = words[1:]
+    if script == "tpu_setup.sh" or action == "submit":
+        assert run(action, "--dry-run", *rest, script=ROOT / script).returncode == 0
+    else:
+        assert f"{script} {action} " in run("--help", script=ROOT / script).stdout
+
+
+def test_ddistill_takes_what_the_page_for_pods_types(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = []
+    monkeypatch.setattr(cli, "join", lambda peers: None)
+    monkeypatch.setattr(commands, "run", lambda command, flags: seen.append((type(command).__name__, flags)))
+    mine = [words for words in typed() if words[0] == "ddistill"]
+    for words in mine:
+        assert cli.main(words[1:]) == 0, words
+    assert [flags for _, flags in seen] == [[]] * len(mine)  # no flag is left for the experiment
+    assert {"Plan", "Import", "Encode", "Distill", "Sample", "Export"} == {name for name, _ in seen}
+    assert {words[0] for words in typed()} == {"bash", "ddistill", "gcloud", "pip", "tensorboard"}
