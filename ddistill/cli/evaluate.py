@@ -13,9 +13,11 @@ from ddistill.cli.output import cell, screen, write_json
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
+from ddistill.data.pairs import gathered
 from ddistill.evaluate import digits as judged
-from ddistill.evaluate.samplers import Sampler, samplers, student_sampler
+from ddistill.evaluate.samplers import Sampler, across, samplers, student_sampler
 from ddistill.runs import Opened, open_run
+from ddistill.sharding import make_mesh
 
 Row = dict[str, Any]
 
@@ -48,7 +50,9 @@ def samplers_of(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
     """The rows of the table of digits."""
     experiment = opened.experiment
     made = experiment.method(experiment.process)
-    return samplers(opened.teacher, opened.student, made, experiment.process, steps)
+    mesh = make_mesh(experiment.fsdp, experiment.tensor)
+    rows = samplers(opened.teacher, opened.student, made, experiment.process, steps)
+    return [across(row, mesh) for row in rows]
 
 
 def steps_of(opened: Opened, asked: Sequence[int] | None) -> list[int]:
@@ -120,7 +124,7 @@ def judge_digits(
     table = Table(
         *(title for title, _ in shown.values()), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )  # narrow: twelve columns on one screen
-    options: dict[str, Any] = {"likelihood": opened.teacher if likelihood else None, "seed": seed}
+    options: dict[str, Any] = {"likelihood": gathered(opened.teacher) if likelihood else None, "seed": seed}
     if count is not None:
         options["count"] = count
     rows: list[Row] = []
