@@ -36,6 +36,7 @@ from ddistill.networks.preprocess import (
 from ddistill.networks.text import CLIPTextConfig, CLIPTextModelWithProjection
 from ddistill.networks.vgg import ALEXNET, VGG16, Convolutions, ConvolutionsConfig, Layer
 from ddistill.networks.vit import VisionTransformer, ViTConfig
+from ddistill.overrides import describe
 
 TINY = InceptionConfig("tiny", classes=5, thinner=16)
 
@@ -390,6 +391,8 @@ def test_lpips_is_zero_and_flat_where_images_agree_also_where_nothing_is_seen():
         value, slope = jax.jit(jax.value_and_grad(lambda a, d=d: d(a, small).sum()))(small)
         assert value == 0 and not np.any(slope)
     assert np.all(distance(small, -small) > 0)
+    described = json.loads(json.dumps(describe(distance)))  # as runs keep what they were trained with
+    assert described["features"]["network"]["name"] == "two" and "float32[4] sha256:" in described["heads"][0]
     with pytest.raises(ValueError, match="LPIPS compares images"):
         distance(PAIR[0], PAIR[1][:, :9])
     with pytest.raises(ValueError, match="too small for two"):

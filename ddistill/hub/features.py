@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def load_features(
     Raises ValueError that lists all tensors that are missing, not expected or of another shape, and as `read_tensors`.
     """
     tensors = read_tensors(path)
-    code, shapes = _definition(network, dtype)
+    code, shapes = _definition(network, jnp.dtype(dtype))
     params = (vision_params if isinstance(network, ViTConfig) else params_from)(tensors, shapes)
     return _features(network, code, params, preprocessing)
 
@@ -104,7 +105,7 @@ def random_features(
     network: Network, preprocessing: Preprocessing | None = None, *, seed: int = 0, dtype: Any = jnp.float32
 ) -> Features:
     """A network with random weights that keep activations of order one: to try things without a file."""
-    code, shapes = _definition(network, dtype)
+    code, shapes = _definition(network, jnp.dtype(dtype))
     return _features(network, code, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, preprocessing)
 
 
@@ -122,30 +123,41 @@ def load_lpips(
     package lpips. size: what images are brought to. Gradients flow through the images. Raises ValueError that lists all
     tensors that are missing, not expected or of another shape, and as `read_tensors`.
     """
-    code, shapes = _definition(network, dtype)
+    shapes = _definition(network, jnp.dtype(dtype))[1]
     body = {name: t for name, t in read_tensors(path).items() if not name.startswith("classifier.")}
     last = {
         f"lin{i}.model.1.kernel": jax.ShapeDtypeStruct((1, 1, c, 1), "float32") for i, c in enumerate(network.widths)
     }
     weights = params_from(read_tensors(heads), last)
-    return _lpips(code, params_from(body, shapes), [weights[name].reshape(-1) for name in last], size)
+    return _lpips(network, params_from(body, shapes), [weights[name].reshape(-1) for name in last], size, dtype)
 
 
 def random_lpips(network: ConvolutionsConfig, *, size: int | None = None, seed: int = 0) -> LPIPS:
     """LPIPS on a network with random weights, of heads that are not negative: to try things without files."""
-    code, shapes = _definition(network, jnp.float32)
+    shapes = _definition(network, jnp.dtype("float32"))[1]
     draw = np.random.default_rng(seed)
     heads = [draw.uniform(0, 2 / width, width).astype(np.float32) for width in network.widths]
-    return _lpips(code, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, heads, size)
+    return _lpips(network, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, heads, size, "float32")
 
 
-def _lpips(code: Definition, params: Mapping[str, Any], heads: Sequence[np.ndarray], size: int | None) -> LPIPS:
+@dataclass(frozen=True, eq=False)  # two of them are equal only as one object: arrays have no hash
+class Maps:
+    """Convolutions with their weights, a function from normalised images [B, H, W, 3] to maps [B, h, w, C]."""
+
+    network: ConvolutionsConfig
+    params: Mapping[str, Array]
+    dtype: str = "float32"
+
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """[B, H, W, 3] -> the maps of the layers that are seen."""
+        return _definition(self.network, jnp.dtype(self.dtype))[0](dict(self.params), {})(x)
+
+
+def _lpips(
+    network: ConvolutionsConfig, params: Mapping[str, Any], heads: Sequence[np.ndarray], size: int | None, dtype: Any
+) -> LPIPS:
     arrays = {path: jnp.asarray(array) for path, array in params.items()}
-    return LPIPS(jax.tree_util.Partial(_maps, code, arrays), tuple(map(jnp.asarray, heads)), size)
-
-
-def _maps(code: Definition, params: dict[str, Array], x: Array) -> tuple[Array, ...]:
-    return code(params, {})(x)
+    return LPIPS(Maps(network, arrays, jnp.dtype(dtype).name), tuple(map(jnp.asarray, heads)), size)
 
 
 def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
@@ -186,7 +198,8 @@ def digest_of(params: Mapping[str, Any]) -> str:
     return total.hexdigest()[:32]
 
 
-def _definition(network: Network | ConvolutionsConfig, dtype: Any) -> tuple[Definition, dict[str, Any]]:
+@lru_cache(maxsize=16)
+def _definition(network: Network | ConvolutionsConfig, dtype: np.dtype) -> tuple[Definition, dict[str, Any]]:
     """A network's code, and the shapes of its parameters."""
     make = _MODULES[type(network)]
     shapes, _, code = split(nnx.eval_shape(lambda: make(network, dtype=dtype, rngs=rngs_of(0))))
