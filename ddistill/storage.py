@@ -35,7 +35,11 @@ def folder(path: Path | str) -> Path:
     from etils import epath
 
     scheme = match[1]
-    kind = fsspec.get_filesystem_class(scheme)
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        extra = f'pip install "ddistill[{scheme}]"' if scheme in ("gs", "s3") else str(error)
+        raise ImportError(f"{scheme}:// needs a library that is not installed: {extra}") from error
     for name in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     made: Path = epath.Path(f"{scheme}://{match[2]}")

@@ -5,6 +5,7 @@ python tests/peers.py FOLDER PROCESSES PROCESS PORT TASK...
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,41 @@ def commands(folder: Path, flags: list[str]) -> None:
         assert main([*rest, *flags]) == 0
 
 
+def preempted(folder: Path) -> None:
+    """Train without an end, until one of the processes is told that its machine is taken away."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from ddistill.log import Silent
+    from ddistill.methods.base import Method, Sampling
+    from ddistill.net import Net
+    from ddistill.signals import on_signals
+    from ddistill.stages import Stage, run
+
+    def net(w):
+        return Net({"w": jnp.asarray(w)}, {}, lambda params, rest, x, t, cond, *, s, key: params["w"] * x)
+
+    def loss(nets, batch, progress, key):
+        return jnp.mean((nets["student"](batch["x"], 1.0) - nets["teacher"](batch["x"], 1.0)) ** 2), {}
+
+    def batches(step):
+        if step == 10 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": np.random.default_rng(step).normal(size=(4, 2)).astype(np.float32)}
+
+    method = Method({"student": loss}, {"student": lambda *_: net([0.0, 1.0])}, Sampling(lambda n: [1, 0]))
+    stage = Stage("s", method, 10**6, lambda teacher: batches, lambda steps: optax.sgd(1e-3))
+    with on_signals() as stop:
+        run(
+            [stage], net([2.0, 3.0]), jax.random.key(0), workdir=folder, log=Silent(), stop=stop,
+            checkpoint_every=10**6,
+        )  # fmt: skip
+
+
 def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
-    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name or in none, or commands."""
+    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name or in none; commands; preempted."""
     from ddistill.hosts import Peers, first, join
 
     assert join(Peers(processes, process, f"localhost:{port}", join_timeout=120, heartbeat=30))
@@ -107,6 +141,12 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
             os.environ.update(DDISTILL_PROCESSES=str(processes), DDISTILL_PROCESS=str(process))
             commands(folder / f"commands-{processes}", ["--coordinator", f"localhost:{port}"])
             continue
+        if task == "preempted":
+            try:
+                preempted(folder / task)
+            except KeyboardInterrupt as stopped:
+                print(f"{stopped}", flush=True)
+                sys.exit(stopped.status)
         name, methods = task.split(":")
         told = losses(None if name == "four" else folder / name, *methods.split(","))
         if first():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,12 +16,13 @@ from peers import CUT, STEPS, commands, losses
 from ddistill import hosts
 from ddistill.data.pair_store import open_pairs
 from ddistill.hosts import Cluster, Peers, found, join
+from ddistill.seals import is_sealed
 
 HERE = Path(__file__).parent
 
 
-def started(folder: Path, processes: int, *tasks: str) -> None:
-    """Let so many processes of two devices each do the tasks of peers.py."""
+def started(folder: Path, processes: int, *tasks: str, status: int = 0) -> list[str]:
+    """Let so many processes of two devices each do the tasks of peers.py; answers what each of them printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -35,7 +37,8 @@ def started(folder: Path, processes: int, *tasks: str) -> None:
         for command in commands
     ]
     told = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, "\n\n".join(told)
+    assert [process.returncode for process in running] == [status] * processes, "\n\n".join(told)
+    return told
 
 
 def cut(folder: Path, to: Path) -> None:
@@ -50,14 +53,14 @@ def cut(folder: Path, to: Path) -> None:
 def curves(tmp_path_factory):
     """Losses by the name of a training: in two and in four processes, and what went on in others after the cut."""
     folder, every = tmp_path_factory.mktemp("processes"), ("consistency", "dmd", "progressive")
-    started(folder, 2, f"two:{','.join(every)}", "commands")
+    words = started(folder, 2, f"two:{','.join(every)}", "commands", "preempted", status=75)
     cut(folder / "two", folder / "two-then-four")
     cut(folder / "two", folder / "two-then-one")
     started(folder, 4, f"four:{','.join(every)}", "two-then-four:dmd")
     told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("two", "four", "two-then-four")}
     told["two-then-one"] = losses(folder / "two-then-one", *every)
     told["one"] = losses(None, *every)
-    return folder, told
+    return folder, told, words
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,14 @@ def test_commands_in_two_processes_give_what_one_gives(curves, tmp_path):
     rows = [(r["stage"], r["step"]) for r in map(json.loads, (folder / "run" / "metrics.jsonl").open()) if "step" in r]
     assert sorted(set(rows)) == [("student", 1), ("student", 2), ("teacher", 1), ("teacher", 2)]
     assert len(list((folder / "run" / "events").iterdir())) == 1, "one process writes the log"
+
+
+def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_with_75(curves):
+    folder, _, words = curves
+    (first,), (second,) = (re.findall(r"stage 's' is stopped and saved at step (\d+) of 1000000", w) for w in words)
+    assert first == second and int(first) >= 10
+    (step,) = (path for path in (folder / "preempted" / "checkpoints" / "s").iterdir() if path.is_dir())
+    assert step.name == first and is_sealed(step)
 
 
 SLURM = {
