@@ -106,6 +106,17 @@ def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_wit
     assert step.name == first and is_sealed(step)
 
 
+def test_a_process_whose_peers_are_missing_ends_with_words(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    flags = ["--processes", "3", "--process", "1", "--coordinator", where, "--join-timeout", "1"]
+    command = [sys.executable, "-m", "ddistill", "distill", str(HERE / "peers.py"), *flags, "--workdir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert f"after 1 s process 1 of 3 waits for process 0 at {where}, which is not there" in done.stderr
+
+
 SLURM = {
     "SLURM_JOB_ID": "5000", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[007-009,12],big1",
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x4)",

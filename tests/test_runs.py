@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddistill import quickstart
+from ddistill import quickstart, runs
 from ddistill.checkpoint import CheckpointError
 from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, PairsData, Teacher
 from ddistill.data.pair_store import open_pairs, write_pairs
@@ -234,6 +234,23 @@ def test_a_folder_with_other_files_and_one_that_cannot_be_written_are_refused(tm
     (tmp_path / "damaged" / "experiment.json").write_text("{")
     with pytest.raises(ValueError, match="no record of a run"):
         distil(TINY, tmp_path / "damaged", Silent())
+
+
+def test_of_two_starts_that_claim_a_folder_at_once_the_same_goes_on_and_another_is_refused(tmp_path, monkeypatch):
+    runs._claim(tmp_path, TINY, None, ["--first"])
+    seen, record = [], runs._record
+
+    def late(workdir):  # the other start writes just after this one has looked
+        seen.append(workdir)
+        return None if len(seen) == 1 else record(workdir)
+
+    monkeypatch.setattr(runs, "_record", late)
+    runs._claim(tmp_path, TINY, None, ["--second"])
+    assert record(tmp_path)["overrides"] == ["--second"]
+    seen.clear()
+    with pytest.raises(ValueError, match=r"holds another experiment, which differs in seed: 0 before, 1 now"):
+        runs._claim(tmp_path, dataclasses.replace(TINY, seed=1), None, [])
+    assert record(tmp_path)["overrides"] == ["--second"]
 
 
 def test_the_students_stage_sees_the_guided_teacher_and_trains_without_dropped_labels():

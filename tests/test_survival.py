@@ -284,7 +284,7 @@ def test_a_row_that_a_kill_cut_off_does_not_swallow_the_next_one(tmp_path):
 def test_runs_killed_at_random_moments_and_within_saves_end_with_the_bits_of_an_undisturbed_one(tmp_path):
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # one device
     done = subprocess.run(
-        [sys.executable, str(CHAOS), "--kills", "4"],
+        [sys.executable, str(CHAOS), "--kills", "4", "--processes", "1"],
         capture_output=True, text=True, check=False, cwd=CHAOS.parents[2],
         env={**os.environ, "XLA_FLAGS": flags, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
