@@ -302,6 +302,9 @@ def test_what_the_cloud_refuses_is_said(cloud):
     made = ("--accelerator-type", "v6e-16", "--valid-until", "1h")
     (cloud.state / "requests").mkdir()
     (cloud.state / "type").write_text("v6e-16")
+    (cloud.state / "requests" / "pod").write_text("ACTIVE PROVISIONING ACTIVE")  # the first without a node
+    done = cloud.run("create", *made)
+    assert done.returncode == 0 and done.stdout == "pod: PROVISIONING\npod: READY\n"
     (cloud.state / "requests" / "pod").write_text("PROVISIONING FAILED")
     done = cloud.run("create", *made)
     assert done.returncode == 1 and "no capacity before the deadline; delete it" in done.stderr
@@ -386,11 +389,15 @@ def any_of_group(number):
 
 def test_a_machine_that_goes_down_begins_nothing_again(runs, tmp_path):
     told = tmp_path / "told"
-    command = f"trap 'echo x >>{told}; exit 75' TERM; touch {told}; sleep 100 & wait"
-    supervise(runs, "start", "r", "--", "bash", "-c", command)
+    saving = tmp_path / "saving"  # takes a second, in which another signal would be heard
+    saving.write_text(
+        f"trap 'echo x >>{told}' TERM\ntouch {told}\nuntil [[ -s {told} ]]; do sleep 0.1; done\nsleep 1\nexit 75\n"
+    )
+    supervise(runs, "start", "r", "--", "bash", saving)
     until(told.exists)
-    for name in ("supervisor", "pid"):
-        os.kill(int((runs / "r" / name).read_text()), signal.SIGTERM)
+    os.kill(int((runs / "r" / "pid").read_text()), signal.SIGTERM)
+    until(lambda: told.stat().st_size)
+    os.kill(int((runs / "r" / "supervisor").read_text()), signal.SIGTERM)
     until(lambda: supervise(runs, "state", "r").stdout == "lost\n")
     assert told.read_text() == "x\n"  # a second signal would be taken as "at once"
     assert "not begun again" in supervise(runs, "log", "r").stdout
