@@ -73,10 +73,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, value, *_) -> None:
-        lost = kind is not None and hosts.lost_peer(value)  # whom this process would wait for
-        failure = None if lost else self._settle()
-        if lost:
+        if kind is not None and hosts.lost_peer(value):  # whom the save would wait for
             return
+        if kind is not None and jax.process_count() > 1:  # perhaps in this process alone: nothing is to be shared
+            failure = None if self._saving is None else self._saving.exception()
+        else:
+            failure = self._settle()
         self._thread.shutdown()
         self._orbax.close()
         if failure is not None:
@@ -117,12 +119,13 @@ class Checkpoints:
         if failure is not None:
             self._tell(f"a checkpoint before step {step} could not be written ({storage.short(failure)})")
             wait = True
-        if step in self._there() and not self._damages.get(step):
-            return
         named = _named(_plain_keys(tree))
         pauses = (*self._pauses, self._patience)
         for tries in range(1, len(pauses) + 2):
-            failure = self._begin(step, named) or (self._settle() if wait else None)
+            there, failure = self._seen()
+            if step in there and not self._damages.get(step):
+                return
+            failure = failure or self._begin(step, named) or (self._settle() if wait else None)
             if failure is None:
                 return
             wait = True
@@ -136,7 +139,7 @@ class Checkpoints:
                     self._clear(step)
             words = (
                 f"cannot save step {step} to {self.directory} in {tries} tries: {storage.short(failure)}. Earlier "
-                f"steps are still there: {self._there() or 'none'}. Make room or mend the disk"
+                f"steps are still there: {self._seen()[0] or 'none that is seen'}. Make room or mend what is broken"
             )
             if tries > len(pauses):
                 raise CheckpointError(f"{words}, and repeat the command") from failure
@@ -242,10 +245,20 @@ class Checkpoints:
     def _complete(self) -> list[int]:
         return [step for step in self._steps() if seals.is_sealed(self.directory / str(step))]
 
+    def _seen(self) -> tuple[list[int], BaseException | None]:
+        """The complete steps that process 0 sees, in all processes, and what failed."""
+        mine: list[int] = []
+        failure = self._shared(_failure(lambda: mine.extend(self._complete()) if hosts.first() else None))
+        return [int(step) for step in hosts.said_by_all(" ".join(map(str, mine)))[0].split()], failure
+
     def _there(self) -> list[int]:
-        """The complete steps that process 0 sees, in all processes."""
-        mine = self._reached(self._complete) if hosts.first() else []
-        return [int(step) for step in hosts.said_by_all(" ".join(map(str, mine)))[0].split()]
+        def steps() -> list[int]:
+            there, failure = self._seen()
+            if failure is not None:
+                raise failure
+            return there
+
+        return self._reached(steps)
 
     def _damage(self, step: int) -> str:
         if step not in self._damages:

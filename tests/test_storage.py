@@ -121,10 +121,12 @@ def test_a_bucket_that_cannot_be_reached_is_tried_again_and_then_told_of(bucket)
         checkpoints.save(2, tree(2), wait=True)
         assert "cannot reach" in told[-1] or "step 2 failed" in told[-1]
         bucket.failures = 10**6
-        with pytest.raises(
-            CheckpointError, match=r"cannot reach s3://bucket/c in 3 tries: Could not.*Is the bucket there"
-        ):
+        words = r"cannot save step 3 to s3://bucket/c in 4 tries: Could not connect.*none that is seen"
+        with pytest.raises(CheckpointError, match=words):
             checkpoints.save(3, tree(3), wait=True)
+        assert "the state is kept in memory for one more try in 0 s" in told[-1]
+        with pytest.raises(CheckpointError, match=r"cannot reach s3://bucket/c in 3 tries: Could not.*Is the bucket"):
+            checkpoints.latest()
         bucket.failures = 0
         checkpoints.save(3, tree(3), wait=True)
     with Checkpoints("s3://bucket/c") as checkpoints:
