@@ -104,9 +104,16 @@ class Cloud:
         self.experiment = folder / "mine.py"
         self.experiment.write_text("# an experiment\n")
         self.more = {"FAKE_GCLOUD": str(self.state)}
+        self.watches = []
 
     def run(self, command, *words):
         return run(command, *PLACE, "--every", "0.1", *words, path=self.path, **self.more)
+
+    def watch(self, command, *words):
+        line = [BASH, str(SCRIPT), command, *PLACE, "--every", "0.1", *map(str, words)]
+        env = {**os.environ, "PATH": self.path, **self.more}
+        self.watches.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True))
+        return self.watches[-1]
 
     def calls(self):
         return (self.state / "calls").read_text().splitlines()
@@ -128,6 +135,8 @@ class Cloud:
 def cloud(tmp_path):
     made = Cloud(tmp_path)
     yield made
+    for watch in made.watches:
+        watch.kill()
     kill_all(made.state)
 
 
@@ -267,10 +276,7 @@ def test_a_slice_lives_is_preempted_and_comes_back_until_its_run_is_done(cloud):
     saved = [int((cloud.work / f"worker-{n}").read_text()) for n in range(2)]
 
     # Begun again by supervise, preempted under its eyes, and begun once more where it was saved.
-    words = [BASH, str(SCRIPT), "supervise", *PLACE, "--every", "0.1", *map(str, started)]
-    watch = subprocess.Popen(
-        words, env={**os.environ, "PATH": cloud.path, **cloud.more}, stdout=subprocess.PIPE, text=True
-    )
+    watch = cloud.watch("supervise", *started)
     until(lambda: all(len(lines) == 2 for lines in cloud.begun()))
     cloud.preempt()
     until(lambda: all(len(lines) == 3 for lines in cloud.begun()))
