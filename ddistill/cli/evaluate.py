@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.table import Table
 
 from ddistill.cli import Evaluate
-from ddistill.cli.output import cell, screen, write_json
-from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
+from ddistill.cli.output import cell, screen
+from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
 from ddistill.data.pairs import gathered
@@ -146,8 +146,5 @@ def judge_digits(
                 keep_row(out, row)
     value = {"rows": rows}
     if out is not None:
-        write_table(out / "table.json", out / "table.csv", value)
-    if json is not None:
-        write_json(json, value)
-    if csv is not None:
-        write_csv(csv, rows)
+        write_table(out, value)
+    write_copies(json, csv, value)

@@ -66,10 +66,18 @@ def keep_row(folder: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def write_table(json_file: Path, csv_file: Path, value: Mapping[str, Any]) -> None:
-    """Write "rows" of a value, with all else of it, as JSON, and the rows as CSV."""
-    if jax.process_index() == 0:
+def write_table(folder: Path, value: Mapping[str, Any]) -> None:
+    """Write "rows" of a value, with all else of it, as table.json, and the rows as table.csv."""
+    write_copies(folder / "table.json", folder / "table.csv", value)
+
+
+def write_copies(json_file: Path | None, csv_file: Path | None, value: Mapping[str, Any]) -> None:
+    """Write the same to the files that are named; of several processes the first does."""
+    if jax.process_index() != 0:
+        return
+    if json_file is not None:
         write_json(json_file, dict(value))
+    if csv_file is not None:
         write_csv(csv_file, value["rows"])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.evaluate import steps_of
 from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
-from ddistill.cli.output import cell, say, screen, write_json
-from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_csv, write_table
+from ddistill.cli.output import cell, say, screen
+from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
 from ddistill.config import Imported, PairsData
 from ddistill.data.records import digest_of
 from ddistill.datasets import LatentFolder
@@ -46,7 +45,11 @@ Row = dict[str, Any]
 KEPT = 50_000
 """Real images whose single features are kept, at most; moments are of all of them."""
 
-_NAMES = {"heun": "Heun", "euler": "Euler", "ddim": "DDIM", "deis": "DEIS", "unipc": "UniPC", "rk4": "RK4"}
+_FEW = "DPM-Solver++(2M)"
+_NAMES = {
+    "ddim": "DDIM", "deis": "DEIS", "dpmpp_2m": _FEW, "dpmpp_2s": "DPM-Solver++(2S)", "dpmpp_3m": "DPM-Solver++(3M)",
+    "dpmpp_3s": "DPM-Solver++(3S)", "euler": "Euler", "heun": "Heun", "rk4": "RK4", "unipc": "UniPC",
+}  # fmt: skip
 
 
 def study(command: Evaluate, opened: Opened) -> None:
@@ -111,11 +114,8 @@ def study(command: Evaluate, opened: Opened) -> None:
     for note in notes:
         say(f"Note: {note}")
     value = {"made": made, "how": {name: METRICS[name].how for name in names}, "notes": list(notes), "rows": rows}
-    write_table(out / "table.json", out / "table.csv", value)
-    if command.json is not None:
-        write_json(command.json, value)
-    if command.csv is not None:
-        write_csv(command.csv, rows)
+    write_table(out, value)
+    write_copies(command.json, command.csv, value)
     say(f"Wrote {out}/table.json and table.csv")
 
 
@@ -160,14 +160,10 @@ def plan(opened: Opened, steps: Sequence[int], integrator: str, usual: int) -> l
     made, process = experiment.method(experiment.process), experiment.process
     teacher, w = guided_teacher(opened)
     suffix = "" if w == 1 else f", w = {w:g}"
-    rows = [
-        teacher_sampler(
-            teacher, process, getattr(integrators, integrator), usual,
-            f"teacher, {_NAMES.get(integrator, integrator)}{suffix}",
-        )
-    ]  # fmt: skip
-    few = partial(teacher_sampler, teacher, process, integrators.dpmpp_2m)
-    rows += [few(n, f"teacher, DPM-Solver++(2M){suffix}") for n in sorted(steps, reverse=True)]
+    names = {name: f"teacher, {shown}{suffix}" for name, shown in _NAMES.items()}
+    rows = [teacher_sampler(teacher, process, getattr(integrators, integrator), usual, names[integrator])]
+    few = sorted({n for n in steps if (integrator, n) != ("dpmpp_2m", usual)}, reverse=True)
+    rows += [teacher_sampler(teacher, process, integrators.dpmpp_2m, n, names["dpmpp_2m"]) for n in few]
     return rows + [student_sampler(opened.student, made, process, n) for n in sorted(steps)]
 
 
@@ -237,7 +233,7 @@ def _table(names: Sequence[str], rows: Sequence[Row], real: Statistics) -> Table
     columns: list[tuple[str, str, str | None]] = [("sampler", "sampler", None), ("nfe", "NFE", "d")]
     columns += [("samples", "samples", ",d")]
     columns += [(name, METRICS[name].title, METRICS[name].form) for name in names]
-    columns += [("images_per_s", "images/s", ".4g"), ("wall_s", "wall s", ".1f"), ("compile_s", "compile s", ".1f")]
+    columns += [("images_per_s", "images/s", ".4g"), ("wall_s", "wall s", ".3g"), ("compile_s", "compile s", ".3g")]
     there = f"{real.whole.count:,}" if real.whole.count else "an unknown number of"
     fewer = sorted({row["samples"] for row in rows if row["samples"] < STANDARD})
     caption = f"against {there} real images; from the same noise and conditions"
