@@ -93,7 +93,6 @@ def commands(folder: Path, flags: list[str]) -> None:
     for rest in (
         ["pairs", run, "--out", str(folder / "pairs"), "--count", "20", "--shard-size", "6", "--steps", "3"],
         ["sample", run, "--out", str(folder / "x.npz"), "--n", "11", "--steps", "1"],
-        ["sample", run, "--out", str(folder / "teacher.npz"), "--n", "11", "--steps", "3", "--teacher"],
     ):
         assert main([*rest, *flags]) == 0
 
