@@ -132,7 +132,8 @@ def preempted(folder: Path) -> None:
 
 def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
     """Join the others, and do the tasks: NAME:METHODS, in a folder of that name or in none; commands; preempted."""
-    from ddistill.hosts import Peers, first, join
+    from ddistill.hosts import first, join
+    from ddistill.launchers import Peers
 
     assert join(Peers(processes, process, f"localhost:{port}", join_timeout=120, heartbeat=30))
     for task in tasks:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from peers import CUT, STEPS, commands, losses
 
-from ddistill import hosts
+from ddistill import launchers
 from ddistill.data.pair_store import open_pairs
-from ddistill.hosts import Cluster, Peers, found, join
+from ddistill.hosts import join
+from ddistill.launchers import Cluster, Peers, found
 from ddistill.seals import is_sealed
 
 HERE = Path(__file__).parent
@@ -174,18 +175,18 @@ def test_what_is_not_enough_to_find_the_others_gets_words(peers, environment, wo
 
 
 def test_a_numbered_pod_without_the_package_gets_words(monkeypatch):
-    monkeypatch.setattr(hosts, "find_spec", lambda name: None)
+    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[k8s\]"; or give --processes'):
         found(Peers(), {**ALONE, **POD})
-    monkeypatch.setattr(hosts, "find_spec", lambda name: name == "kubernetes")
+    monkeypatch.setattr(launchers, "find_spec", lambda name: name == "kubernetes")
     assert found(Peers(), {**ALONE, **POD}) == Cluster("the Kubernetes job")
 
 
 def test_a_tpu_is_asked_by_jax_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(hosts, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(launchers, "find_spec", lambda name: name == "libtpu")
     assert found(Peers(), {}) == Cluster("the TPU pod")
     assert found(Peers(), {"TPU_SKIP_MDS_QUERY": "1"}) is None  # JAX sets it where there are no chips
     assert found(Peers(), {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}) == Cluster("the TPU pod")
     assert found(Peers(), {"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
-    monkeypatch.setattr(hosts, "find_spec", lambda name: None)
+    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
     assert found(Peers(), {"TPU_WORKER_HOSTNAMES": "a,b"}) is None

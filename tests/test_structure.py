@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "overrides", "signals", "goodput", "divergence"},
+    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput", "divergence"},
     {"gathering", "hosts", "storage"},
     {"seals"},
     {"checkpoint", "log"},

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
-from ddistill.hosts import Peers, join, leaving_lost_peers
+from ddistill.hosts import join, leaving_lost_peers
+from ddistill.launchers import Peers
 
 
 @dataclass(frozen=True)

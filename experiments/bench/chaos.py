@@ -37,8 +37,9 @@ def train(folder: Path, process: int, processes: int, port: int) -> None:
 
     from ddistill import Experiment
     from ddistill.config import Data, MLPNetwork, Teacher
-    from ddistill.hosts import Peers, first, join, leaving_lost_peers
+    from ddistill.hosts import first, join, leaving_lost_peers
     from ddistill.integrators import euler
+    from ddistill.launchers import Peers
     from ddistill.methods import Consistency
     from ddistill.runs import distil
     from ddistill.signals import Stopped, on_signals
