@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ddistill import hosts, integrators, storage
+from ddistill import hosts, integrators, sharding, storage
 from ddistill import quickstart as quickstart_experiment
 from ddistill.cli import (
     Bench,
@@ -51,7 +51,6 @@ from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
-from ddistill.sharding import make_mesh
 from ddistill.signals import on_signals
 
 Row = dict[str, Any]
@@ -238,7 +237,7 @@ def sample(command: Sample) -> None:
     else:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
-    x = np.asarray(across(sampler, make_mesh(experiment.fsdp, experiment.tensor)).draw(noise, labels, key).x)
+    x = np.asarray(across(sampler, sharding.make_mesh(experiment.fsdp, experiment.tensor)).draw(noise, labels, key).x)
     if not hosts.first():
         return
     command.out.parent.mkdir(parents=True, exist_ok=True)

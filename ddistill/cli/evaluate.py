@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.live import Live
 from rich.table import Table
 
+from ddistill import sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.output import cell, screen
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
@@ -17,7 +18,6 @@ from ddistill.data.pairs import gathered
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.samplers import Sampler, across, samplers, student_sampler
 from ddistill.runs import Opened, open_run
-from ddistill.sharding import make_mesh
 
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ def samplers_of(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
     """The rows of the table of digits."""
     experiment = opened.experiment
     made = experiment.method(experiment.process)
-    mesh = make_mesh(experiment.fsdp, experiment.tensor)
+    mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
     rows = samplers(opened.teacher, opened.student, made, experiment.process, steps)
     return [across(row, mesh) for row in rows]
 
