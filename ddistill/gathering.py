@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ddistill.sharding import Rule, batch_parts, batch_sharding, in_stack
 
 PyTree = Any
-_AGAIN = frozenset({"linear_call", "reshape", "transpose"})
+_AGAIN = frozenset({"linear_call", "sharding_constraint", "reshape", "transpose"})
 """What the backward pass does again: to gather, and what only shows the gathered parameter in another shape."""
 
 

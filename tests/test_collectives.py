@@ -1,0 +1,90 @@
+"""What a step on eight devices sends: each parameter in parts gathered once per use, its gradient summed once."""
+
+import jax
+import pytest
+from meshed import ALL, DATA, DEPTH, FSDP, METHODS, trained
+
+from ddistill.plan import hlo
+
+MODULATION = "transformer_blocks.stack.norm1.linear.kernel"
+
+
+def split(params, stacked):
+    """Bytes of the parameters in parts, by path, of stacks of blocks or of all else."""
+    return {
+        path: leaf.size * leaf.dtype.itemsize for path, leaf in params.items()
+        if not leaf.sharding.is_fully_replicated and (".stack." in path) == stacked
+    }  # fmt: skip
+
+
+def collectives(made, in_loops):
+    """Those in the loops over the blocks, or outside."""
+    program = hlo.parse(made.text)
+    parts = {n: body for n, body in program.computations.items() if (program.runs[n] == DEPTH) == in_loops}
+    return hlo.collectives(hlo.Program(parts, program.runs, program.entry))
+
+
+def trained_bytes(made):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.given[0].params))
+
+
+def sums(made):
+    return sum(collectives(made, loops)["all-reduce"].bytes for loops in (True, False))
+
+
+def test_consistency_gathers_each_kernel_of_a_block_four_times_and_sums_its_gradient_once():
+    """The student at two times and the teacher once, and the student's kernels once more for the backward pass.
+
+    XLA's CPU compiler has no reduce-scatter: a sum of which each device keeps a part is an all-reduce and a slice.
+    """
+    made = trained("consistency", FSDP)
+    params = made.given[1]["teacher"].params
+    inside, outside = collectives(made, True), collectives(made, False)
+    assert inside["all-gather"].bytes == 4 * sum(split(params, True).values())
+    rest = split(params, False)
+    assert rest.pop("guidance.linear.kernel")  # not used
+    again = sum(
+        rest[path] for path in ("proj_out_1.kernel", "proj_out_2.kernel", "emb.timestep_embedder.linear_2.kernel")
+    )
+    expected = 3 * sum(rest.values()) - rest["target.linear.kernel"] + again  # a teacher has no target
+    assert outside["all-gather"].bytes == expected
+    assert trained_bytes(made) - 2**14 <= sums(made) <= 1.01 * trained_bytes(made)  # guidance has no gradient
+    assert not {*inside, *outside} - {"all-gather", "all-reduce", "all-to-all"}
+
+
+def test_dmd_gathers_each_kernel_of_a_block_once_for_each_network_and_gradient():
+    """The generator, the teacher, and the fake score twice; the backward passes of the generator and the fake score.
+
+    The loss of the fake score draws the generator's samples anew, which XLA finds to be the same. Nothing is behind the
+    modulation of the fake score that its adapter would have a gradient of. XLA sums the gradients of the kernels
+    that are adapted whole, before it multiplies them with the adapter's factors.
+    """
+    made = trained("dmd", FSDP)
+    params = made.given[1]["teacher"].params
+    stack, rest = split(params, True), split(params, False)
+    inside, outside = collectives(made, True), collectives(made, False)
+    assert inside["all-gather"].bytes == 6 * sum(stack.values()) - stack[MODULATION]
+    assert outside["all-gather"].bytes <= 5 * sum(rest.values())
+    adapted = sum(stack.values()) - stack[MODULATION]
+    assert sums(made) <= 1.05 * (trained_bytes(made) + adapted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_data_parallelism_sums_gradients_and_gathers_no_parameters(name):
+    made = trained(name, DATA)
+    inside, outside = collectives(made, True), collectives(made, False)
+    assert set(inside) == {"all-reduce"} and set(outside) <= {"all-reduce", "all-gather"}
+    samples = 16 * 4 * 4 * 4 * 4
+    assert outside.get("all-gather", hlo.Collective()).bytes <= 3 * samples
+    if name == "consistency":
+        assert sums(made) <= 1.01 * trained_bytes(made)
+
+
+@pytest.mark.parametrize(("name", "uses"), [("consistency", 4), ("dmd", 6)])
+def test_with_tensor_parallelism_blocks_gather_what_it_does_not_split(name, uses):
+    """A device gathers, of what is split over fsdp = 2 for a half of the heads, that half, and of the rest all."""
+    made = trained(name, ALL)
+    stack = split(made.given[1]["teacher"].params, True)
+    whole = stack.pop(MODULATION)
+    found = collectives(made, True)["all-gather"].bytes
+    assert found == uses * (sum(stack.values()) / 2 + whole) - (whole if name == "dmd" else 0)
