@@ -46,12 +46,14 @@ class Nets(dict[str, Net]):
 def once(nets: Mapping[str, Net], of: str, key: Array, make: Callable[[], Any]) -> Any:
     """make(), a pytree that the network `of` computes with the key: once for all losses of a step.
 
-    The loss of that network, the first of a method's, differentiates it; the others see its value. Compilers find such
-    work done twice where it is written the same way twice, but not across the scans of networks of stacked blocks.
+    make: a function of one place in the code, which several losses reach; two methods in one step make other things of
+    the same key. The loss of that network, the first of a method's, differentiates it; the others see its value.
+    Compilers find such work done twice where it is written the same way twice, but not across the scans of networks of
+    stacked blocks.
     """
     if not isinstance(nets, Nets):
         return make()
-    at = of, id(key)  # the key is kept, and so is its number
+    at = of, id(key), make.__code__  # the key is kept, and so is its number
     if nets.learner == of:
         nets.made[at] = key, make()
         return nets.made[at][1]

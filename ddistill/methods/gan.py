@@ -36,12 +36,15 @@ class GAN:
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
 
+        def drawn(nets, batch, key) -> tuple[Array, Array, Array]:
+            return once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
+
         def student(nets, batch, progress, key):
-            fake, origin, k_gan = once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
+            fake, origin, k_gan = drawn(nets, batch, key)
             return self.adversary.generator(process, nets, fake, batch.get("cond"), k_gan, origin), {}
 
         def discriminator(nets, batch, progress, key):
-            fake, origin, k_gan = once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
+            fake, origin, k_gan = drawn(nets, batch, key)
             return self.adversary.discriminator(process, nets, batch["x"], fake, batch.get("cond"), k_gan, origin)
 
         return Method(

@@ -96,12 +96,12 @@ def check_libtpu() -> None:
 
 
 def _environment() -> dict[str, str]:
-    """No TPU is looked for, no cache is kept: what is compiled here cannot be loaded here."""
+    """No TPU is looked for, flags for CPUs stay out, and nothing is cached: it could not be loaded here."""
     own = {
         "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false",
     }  # fmt: skip
-    return {**os.environ, **own}
+    return {**{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}, **own}
 
 
 def _read(line: dict[str, Any]) -> Compiled:
@@ -131,13 +131,17 @@ def main(request: str, answers: str) -> None:
 
 def _compile_all(asked: Mapping[str, Any]) -> Iterator[Compiled]:
     from ddistill.plan.changes import changed
-    from ddistill.plan.programs import SAMPLER, mesh_of, programs
     from ddistill.runs import load_experiment
 
     experiment = changed(load_experiment(Path(asked["experiment"]), asked["flags"]), asked["changes"])
-    options = dict(asked["options"])
-    only = options.pop("only", None)
-    mesh = mesh_of(_devices(asked["topology"]), experiment)
+    yield from compile_here(experiment, asked["topology"], **asked["options"])
+
+
+def compile_here(experiment: Any, topology: str, *, only: str | None = None, **options: Any) -> Iterator[Compiled]:
+    """Compile the programs of a `resolved` experiment in this process, which should be a child's; see `compiled`."""
+    from ddistill.plan.programs import SAMPLER, mesh_of, programs
+
+    mesh = mesh_of(_devices(topology), experiment)
     for program in programs(experiment, mesh, **options)[0]:
         if only is None or (program.stage == SAMPLER) == (only == SAMPLER):
             yield _compile(program)
