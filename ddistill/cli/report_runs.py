@@ -103,7 +103,8 @@ def _digest(value: Any) -> str:
 def _evaluations(folder: Path) -> list[Mapping[str, Any]]:
     """Rows of all files of evaluations in the folder, the newest last: of the same sampler and cost it counts."""
     rows: dict[tuple, Mapping[str, Any]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+    files = [*folder.glob("*.json"), *folder.glob("evaluation/*.json")]
+    for path in sorted(files, key=lambda p: p.stat().st_mtime):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
