@@ -77,13 +77,17 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, ..., C] -> the same, in x's dtype."""
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        rate = jax.lax.rsqrt(jnp.mean((grouped - mean) ** 2, axis=(1, 3), keepdims=True) + self.epsilon)
-        shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-        scale = (rate * self.scale[...].reshape(1, 1, self.groups, -1)).reshape(shape)
-        shift = self.bias[...] - (mean * rate * self.scale[...].reshape(1, 1, self.groups, -1)).reshape(shape)
-        return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+        batch, channels, size = x.shape[0], x.shape[-1], x.shape[-1] // self.groups
+        flat = x.astype(jnp.float32).reshape(batch, -1, channels)
+
+        def of_groups(means: Array) -> Array:  # sums along two axes at a time, and their gradients, are slow
+            return jnp.repeat(means.reshape(batch, self.groups, size).mean(-1), size, axis=-1)
+
+        mean = of_groups(flat.mean(1))
+        rate = jax.lax.rsqrt(of_groups(jnp.mean((flat - mean[:, None]) ** 2, axis=1)) + self.epsilon)
+        scale = rate * self.scale[...]
+        shift = self.bias[...] - mean * scale
+        return (flat * scale[:, None] + shift[:, None]).reshape(x.shape).astype(x.dtype)
 
 
 def sinusoidal(
