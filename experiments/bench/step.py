@@ -91,6 +91,7 @@ def main() -> None:
     against = [c for c in (given.against or ("eager" if given.device == "cpu" else "eager,compiled")).split(",") if c]
     parts, names = given.parts.split(","), given.networks.split(",")
     rate = matrix_rate(given.device)
+    product = matrix_rate_of_torch(given.device, given.threads) if "steps" in parts and against else 0.0
     rows: list[Row] = []
     for case in CASES[given.device]:
         if "steps" in parts and case.name in names:
@@ -100,10 +101,11 @@ def main() -> None:
     devices = [child(given, n) for n in (1, 2, 4, 8)] if "devices" in parts else []
     devices = [row for row in devices if row]
     loop = of_loop(given.device, given.rounds) if "loop" in parts else {}
-    text = page(rows, devices, loop, rate, given)
+    text = page(rows, devices, loop, rate, product, given)
     print(text)
     if given.json:
-        found = {"matrix_flops_per_second": rate, "rows": [asdict(r) for r in rows], "devices": devices, "loop": loop}
+        rates = {"ours": rate, "torch": product}
+        found = {"matrix_flops_per_second": rates, "rows": [asdict(r) for r in rows], "devices": devices, "loop": loop}
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if given.page:
         given.page.write_text(text, encoding="utf-8")
@@ -266,6 +268,23 @@ def theirs(case: Case, device: str, compiled: bool, threads: int) -> dict[str, C
     return torch_steps.calls(steps, x, labels, times_of_samplers())
 
 
+def matrix_rate_of_torch(device: str, threads: int) -> float:
+    """FLOP/s of PyTorch's matrix product of the size and type of `networks.matrix_rate`."""
+    import torch
+
+    torch.set_num_threads(threads if device == "cpu" else torch.get_num_threads())
+    n, kind = (8192, torch.bfloat16) if device == "gpu" else (1024, torch.float32)
+    a = torch.ones((n, n), dtype=kind, device="cuda" if device == "gpu" else "cpu")
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            a @ a
+        if device == "gpu":
+            torch.cuda.synchronize()
+
+    return 2 * n**3 / race({"torch": products}, device, 10, {}, "product")["torch"]
+
+
 def child(given: argparse.Namespace, count: int) -> dict[str, Any]:
     """The step over so many devices, in a process of its own, as a CPU is split before JAX starts."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
@@ -358,7 +377,12 @@ def line(row: Row, rate: float) -> str:
 
 
 def page(
-    rows: list[Row], devices: list[dict[str, Any]], loop: Mapping[str, float], rate: float, given: argparse.Namespace
+    rows: list[Row],
+    devices: list[dict[str, Any]],
+    loop: Mapping[str, float],
+    rate: float,
+    product: float,
+    given: argparse.Namespace,
 ) -> str:
     """The results as a page, with the machine, versions and the date."""
     import jax
@@ -372,7 +396,8 @@ def page(
         f"`python experiments/bench/step.py {' '.join(_flags())}` on {datetime.date.today()}: {where}, "
         f"Python {platform.python_version()}, {versions}, {'bfloat16' if gpu else 'float32'}. Times are {kind} of the "
         f"fastest of {given.rounds} calls, contenders taking turns. Ratios are ours over PyTorch's: below 1 ours is "
-        f"faster. The rate is the share of the {rate / 1e12:.3g} TFLOP/s of a matrix product, measured in this run.",
+        f"faster. The rate is the share of the {rate / 1e12:.3g} TFLOP/s of a matrix product, measured in this run"
+        + (f"; PyTorch's has {product / 1e12:.3g}." if product else "."),
         "",
     ]  # fmt: skip
     text = list(head)
