@@ -32,6 +32,9 @@ from ddistill.signals import Stop
 from ddistill.stages import Stage, run, stages_of
 from ddistill.version import version
 
+HOW = {"fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every"}
+"""Fields of an experiment that say how it is carried out: a run may go on with other values of them."""
+
 
 class Result(NamedTuple):
     """What a run ends with: the teacher without guidance, and its student."""
@@ -194,7 +197,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
             )
         experiment = load_experiment(workdir / "experiment.py", record["overrides"])
     experiment = resolved(experiment)
-    lines = differences(record["experiment"], describe(experiment))
+    lines = differences(_what(record["experiment"]), _what(describe(experiment)))
     if lines:
         raise ValueError(
             f"{workdir} was made by ddistill {record['version']} with other values: {'; '.join(lines[:8])}. "
@@ -210,7 +213,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 f"the run in {workdir} is unfinished: {done} of {stage.steps} steps of stage {stage.name!r} are saved. "
                 "Start it again with the same command to finish it"
             )
-    return Opened(experiment, data, *_run(experiment, data, plan, workdir, None, None, None))
+    return Opened(experiment, data, *_run(_fitting(experiment), data, plan, workdir, None, None, None))
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
@@ -293,6 +296,18 @@ def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides
         hosts.checked_by_all(lambda: _check_same(workdir, now))
 
 
+def _what(described: dict[str, Any]) -> dict[str, Any]:
+    """What a described experiment is, without how it is carried out."""
+    return {name: value for name, value in described.items() if name not in HOW}
+
+
+def _fitting(experiment: Experiment) -> Experiment:
+    """The experiment on the devices that are here, which may be others than those it was trained on."""
+    if jax.device_count() % (experiment.fsdp * experiment.tensor) == 0:
+        return experiment
+    return dataclasses.replace(experiment, fsdp=jax.device_count(), tensor=1, layout={})
+
+
 def _check_same(workdir: Path, now: Any) -> None:
     """Raise ValueError unless the folder is that of a run of this experiment."""
     record = _record(workdir)
@@ -301,7 +316,7 @@ def _check_same(workdir: Path, now: Any) -> None:
             f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there: give a folder that "
             "all hosts share, or one in a bucket"
         )
-    if lines := differences(record["experiment"], now):
+    if lines := differences(_what(record["experiment"]), _what(now)):
         raise ValueError(
             f"{workdir} holds another experiment, which differs in {'; '.join(lines[:8])}"
             f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Start this one in a new folder, or repeat the "

@@ -297,3 +297,18 @@ def test_pairs_on_disk_are_an_experiments_data_for_its_first_round(tmp_path):
     np.testing.assert_array_equal(stages(e, loaded)[0].source(net)(0)["x"].shape, (16, 2))  # the teacher's own data
     with pytest.raises(ValueError, match="do not fit: points"):
         stages(dataclasses.replace(e, method=KD(steps=(1, 2))), loaded)[1].source(net)
+
+
+def test_a_run_goes_on_and_is_read_with_another_layout_interval_and_number_of_devices(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path, Stop("student", 4))
+    other = dataclasses.replace(TINY, fsdp=2, layout={"*.kernel": (None, "fsdp")}, log_every=2, steps_per_dispatch=3)
+    with pytest.raises(ValueError, match=r"another experiment, which differs in batch_size: 8 before, 16 now\. Start"):
+        distil(dataclasses.replace(other, batch_size=16), tmp_path, Silent())
+    assert leaves_equal(distil(other, tmp_path, Silent()).student.params, whole.student.params)
+    recorded = json.loads((tmp_path / "experiment.json").read_text())["experiment"]
+    assert recorded["fsdp"] == 2 and recorded["log_every"] == 2
+    assert leaves_equal(open_run(tmp_path, TINY).student.params, whole.student.params)
+    pod = dataclasses.replace(TINY, fsdp=16, tensor=2, layout={"*.kernel": (None, "fsdp")})
+    assert (runs._fitting(pod).fsdp, runs._fitting(pod).tensor, runs._fitting(pod).layout) == (8, 1, {})
+    assert runs._fitting(dataclasses.replace(pod, fsdp=4)).fsdp == 4
