@@ -80,7 +80,8 @@ class Checkpoints:
         else:
             failure = self._settle()
         self._thread.shutdown()
-        self._orbax.close()
+        if self._orbax is not None:
+            self._orbax.close()
         if failure is not None:
             words = f"the last checkpoint could not be written to {self.directory}: {storage.short(failure)}"
             if kind is None:
@@ -230,10 +231,13 @@ class Checkpoints:
             self._orbax, self._saving, self._begun = self._new_orbax(), None, False
         return failure
 
-    def _new_orbax(self):
+    def _new_orbax(self) -> Any:
+        """What writes; None in processes that write nothing."""
         import orbax.checkpoint as ocp
 
         alone = self._staged and jax.process_count() > 1
+        if alone and not hosts.first():
+            return None
         options = (
             ocp.options.MultiprocessingOptions(0, {0}, "staged") if alone else ocp.options.MultiprocessingOptions()
         )

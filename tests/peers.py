@@ -130,8 +130,44 @@ def preempted(folder: Path) -> None:
         )  # fmt: skip
 
 
+def bucket(folder: Path) -> None:
+    """Save a state that the processes share out to s3://, which is a folder here, and restore it."""
+    import fsspec
+    import jax
+    import numpy as np
+    from fsspec.implementations.local import LocalFileSystem
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from ddistill.checkpoint import Checkpoints
+    from ddistill.sharding import make_mesh
+
+    class OnDisk(LocalFileSystem):
+        protocol = ("s3",)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            path = str(path).removeprefix("s3://")
+            return path if path.startswith(str(folder)) else f"{folder}/{path.strip('/')}"
+
+    fsspec.register_implementation("s3", OnDisk, clobber=True)
+    shared = NamedSharding(make_mesh(jax.device_count()), PartitionSpec("fsdp"))
+
+    def tree(value):
+        whole = np.arange(80, dtype=np.float32) * value
+        return {"w": jax.make_array_from_callback(whole.shape, shared, lambda index: whole[index])}
+
+    with Checkpoints("s3://bucket/c") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, tree(step))
+    with Checkpoints("s3://bucket/c") as checkpoints:
+        restored = checkpoints.restore(tree(0))["w"]
+    assert restored.sharding == shared and not restored.is_fully_addressable
+    for shard in restored.addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.arange(80)[shard.index] * 3)
+
+
 def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
-    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name or in none; commands; preempted."""
+    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name, commands, bucket, preempted."""
     from ddistill.hosts import first, join
     from ddistill.launchers import Peers
 
@@ -140,6 +176,9 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
         if task == "commands":
             os.environ.update(DDISTILL_PROCESSES=str(processes), DDISTILL_PROCESS=str(process))
             commands(folder / f"commands-{processes}", ["--coordinator", f"localhost:{port}"])
+            continue
+        if task == "bucket":
+            bucket(folder / task)
             continue
         if task == "preempted":
             try:

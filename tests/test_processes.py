@@ -54,7 +54,7 @@ def cut(folder: Path, to: Path) -> None:
 def curves(tmp_path_factory):
     """Losses by the name of a training: in two and in four processes, and of two that went on in one after the cut."""
     folder, every = tmp_path_factory.mktemp("processes"), ("consistency", "dmd", "progressive")
-    words = started(folder, 2, f"two:{','.join(every)}", "commands", "preempted", status=75)
+    words = started(folder, 2, f"two:{','.join(every)}", "commands", "bucket", "preempted", status=75)
     cut(folder / "two", folder / "two-then-one")
     started(folder, 4, f"four:{','.join(every)}")
     told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("two", "four")}
@@ -98,6 +98,11 @@ def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_wit
     assert first == second and int(first) >= 10
     (step,) = (path for path in (folder / "preempted" / "checkpoints" / "s").iterdir() if path.is_dir())
     assert step.name == first and is_sealed(step)
+
+
+def test_what_processes_share_out_is_saved_to_a_bucket_whole_and_restored_by_each(curves):
+    steps = curves[0] / "bucket" / "bucket" / "c"  # each process has compared what it restored
+    assert sorted(path.name for path in steps.iterdir() if path.is_dir()) == ["2", "3"] and is_sealed(steps / "3")
 
 
 def test_a_process_whose_peers_are_missing_ends_with_words(tmp_path):
