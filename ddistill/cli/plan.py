@@ -191,13 +191,9 @@ def _candidates(among: Sequence[Candidate], name: str, where: Pod) -> Table:
 
 def _flags(changes: Mapping[str, Any]) -> list[str]:
     """Settings as a command's flags."""
-    said = []
-    for name, value in changes.items():
-        flag = "network.remat" if name == "remat" else name.replace("_", "-")
-        said.append(
-            (f"--{flag}" if value else f"--network.no-{name}") if isinstance(value, bool) else f"--{flag} {value}"
-        )
-    return said
+    return [
+        f"--{'network.remat' if name == 'remat' else name.replace('_', '-')} {value}" for name, value in changes.items()
+    ]
 
 
 def _words(settings: Mapping[str, Any]) -> str:

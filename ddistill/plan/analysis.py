@@ -16,7 +16,7 @@ from ddistill.lora import is_adapted
 from ddistill.plan.changes import changed
 from ddistill.plan.gathers import Least, least
 from ddistill.plan.memory import peak
-from ddistill.plan.programs import SAMPLER, Program, placed, programs, split_of
+from ddistill.plan.programs import SAMPLER, Program, placed, programs
 from ddistill.plan.work import Work, count
 from ddistill.train import State
 
@@ -70,7 +70,7 @@ class Traced:
 
 def check_batch(experiment: Experiment, chips: int) -> int:
     """The samples of a batch that one chip gets. Raises ValueError where the pod cannot take the batch or the mesh."""
-    sizes = sharding.abstract_mesh(chips, *split_of(experiment)).shape
+    sizes = sharding.abstract_mesh(chips, experiment.fsdp, experiment.tensor).shape
     parts = sizes["data"] * sizes["fsdp"]
     if experiment.batch_size % (parts * experiment.accumulate):
         tensor = f", tensor = {sizes['tensor']}" if sizes.get("tensor", 1) > 1 else ""
@@ -116,8 +116,9 @@ def analysed(experiment: Experiment, chips: int, seen: Traced, *, flash: bool = 
 
     seen: of this experiment, traced with the samples that a chip gets. flash: attention never writes its weights.
     """
-    mesh = sharding.abstract_mesh(chips, *split_of(experiment))
-    tensor, split = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["tensor"]
+    mesh = sharding.abstract_mesh(chips, experiment.fsdp, experiment.tensor)
+    tensor = mesh.shape["tensor"] if uses_tensor(seen.built) else 1
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
     rows = []
     for i, program in enumerate(seen.programs):
         part = next((b for b in seen.built if b.stage.name == program.stage), seen.built[-1])
@@ -144,6 +145,13 @@ def analysed(experiment: Experiment, chips: int, seen: Traced, *, flash: bool = 
             )
         )
     return rows
+
+
+def uses_tensor(built: list[Built]) -> bool:
+    """Whether any matrix of the networks is one that "tensor" splits; else its devices do the same work."""
+    two = sharding.abstract_mesh(2, 1, 2)
+    nets = ((placed(part.nets["teacher"], two, part.trainer.rule)) for part in built)
+    return any("tensor" in leaf.sharding.spec for net in nets for leaf in jax.tree.leaves(net))
 
 
 def _held(state: State | None, nets: Mapping[str, Any], mesh: AbstractMesh, part: Built) -> dict[str, float]:

@@ -71,13 +71,8 @@ def turns(method: Method) -> dict[tuple[str, ...], float]:
 
 def mesh_of(devices: list[Any], experiment: Experiment) -> Mesh:
     """The mesh of a run on these devices, which need not be here. Raises ValueError as `sharding.abstract_mesh`."""
-    sizes = sharding.abstract_mesh(len(devices), *split_of(experiment)).shape
+    sizes = sharding.abstract_mesh(len(devices), experiment.fsdp, experiment.tensor).shape
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def split_of(experiment: Experiment) -> tuple[int, ...]:
-    """Over how many devices parameters are split: fsdp, and tensor where experiments have it."""
-    return experiment.fsdp, *((experiment.tensor,) if hasattr(experiment, "tensor") else ())
 
 
 def placed(tree: PyTree, mesh: Mesh | AbstractMesh | None, rule: sharding.Rule | None) -> PyTree:

@@ -108,10 +108,8 @@ def make(
 
 def settings(experiment: Experiment) -> dict[str, Any]:
     """What decides how an experiment lies on a pod."""
-    found = {"batch_size": experiment.batch_size, "accumulate": experiment.accumulate, "fsdp": experiment.fsdp}
-    for name in ("tensor",):
-        if hasattr(experiment, name):
-            found[name] = getattr(experiment, name)
+    names = ("batch_size", "accumulate", "fsdp", "tensor")
+    found = {name: getattr(experiment, name) for name in names}
     if hasattr(experiment.network, "remat"):
         found["remat"] = experiment.network.remat
     return found

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddistill.config import Experiment
-from ddistill.plan.analysis import Analysed, analysed, fixed_of, traced_once
+from ddistill.plan.analysis import Analysed, analysed, fixed_of, traced_once, uses_tensor
 from ddistill.plan.changes import changed
 from ddistill.plan.chips import GIB, Pod
-from ddistill.plan.programs import SAMPLER, split_of
+from ddistill.plan.programs import SAMPLER
 from ddistill.plan.roofline import average, roofline
 
 FSDP = (1, 2, 4, 8, 16, 32)
 """Parts of more are below the tiles of a TPU's memory for widths as common as 1152; the compiler then sums in place of
 gathering."""
 TENSOR = (1, 2, 4, 8)
+REMAT = (False, "dots", True)
+"""Of an imported network's blocks the backward pass computes nothing anew, all but products by weights, or all."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ def candidates(experiment: Experiment, pod: Pod, *, most: int = 64, keep_batch: 
     of each other those nearest to its batch come first. Raises ValueError, with the least memory that was found, where
     none fits.
     """
-    remats: tuple[bool | None, ...] = (False, True) if hasattr(experiment.network, "remat") else (None,)
+    remats: tuple[Any, ...] = REMAT if hasattr(experiment.network, "remat") else (None,)
     seen = {remat: _Sizes(changed(experiment, {} if remat is None else {"remat": remat})) for remat in remats}
+    tensors = TENSOR if uses_tensor(seen[remats[0]].some.built) else (1,)
     found, least = [], float("inf")
-    for changes, samples in _layouts(experiment, pod, most, keep_batch, remats):
+    for changes, samples in _layouts(experiment, pod, most, keep_batch, remats, tensors):
         rows = seen[changes.get("remat")].rows(changed(experiment, changes), pod, samples)
         memory = max(row.memory for row in rows)
         least = min(least, memory)
@@ -81,7 +84,9 @@ def _far(a: Candidate, b: Candidate, name: str) -> int:
     x, y = a.changes[name], b.changes[name]
     if x == y:
         return 0
-    return 1 if isinstance(x, bool) or x is None or max(x, y) <= 2 * min(x, y) else 2
+    if name == "remat":
+        return abs(REMAT.index(x) - REMAT.index(y))
+    return 1 if max(x, y) <= 2 * min(x, y) else 2
 
 
 class _Sizes:
@@ -100,7 +105,7 @@ class _Sizes:
 
     def rows(self, experiment: Experiment, pod: Pod, samples: int) -> list[Analysed]:
         """The programs of a layout with so many samples on a chip."""
-        layout = split_of(experiment)
+        layout = experiment.fsdp, experiment.tensor
         if layout not in self.known:
             flash = pod.chip.kind == "gpu"
             self.known[layout] = [
@@ -124,17 +129,19 @@ def _between(few: Analysed, some: Analysed, more: Analysed, place: float) -> Ana
 
 
 def _layouts(
-    experiment: Experiment, pod: Pod, most: int, keep: bool, remats: tuple[bool | None, ...]
+    experiment: Experiment,
+    pod: Pod,
+    most: int,
+    keep: bool,
+    remats: tuple[Any, ...],
+    tensors: tuple[int, ...],
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    tensors = TENSOR if hasattr(experiment, "tensor") else (1,)
     for tensor, fsdp in itertools.product(tensors, FSDP):
         if pod.chips % (fsdp * tensor):
             continue
         parts = pod.chips // tensor
         for samples, remat in itertools.product(_samples(experiment, parts, most, keep), remats):
-            changes: dict[str, Any] = {"batch_size": samples * parts, "fsdp": fsdp}
-            if hasattr(experiment, "tensor"):
-                changes["tensor"] = tensor
+            changes: dict[str, Any] = {"batch_size": samples * parts, "fsdp": fsdp, "tensor": tensor}
             if remat is not None:
                 changes["remat"] = remat
             if samples % experiment.accumulate == 0:
