@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import optax
 
+from ddistill import storage
+
 
 class DivergedError(FloatingPointError):
     """Training whose updates have not been finite for many steps on end, or whose loss has grown; noticed at `step`."""
@@ -126,9 +128,7 @@ class Rollbacks:
         """One more."""
         self.done.append(back)
         if self._path is not None and self._writes:
-            part = self._path.with_suffix(".part")
-            part.write_text(json.dumps(self.done) + "\n", encoding="utf-8")
-            part.replace(self._path)
+            storage.put(self._path, f"{json.dumps(self.done)}\n".encode())
 
     @property
     def skipped(self) -> int:

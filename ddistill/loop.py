@@ -1,6 +1,7 @@
 """The loop of a stage: batches made ahead of the devices, and nothing read from them before it is due."""
 
 import math
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddistill import sharding
+from ddistill import sharding, storage
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.data.loading import prefetched
@@ -57,21 +58,25 @@ class Profile:
     def __init__(self, steps: range | None = None, folder: Path | None = None):
         self.steps, self.folder = steps or range(0), folder
         self.running = self.written = False
+        self._here = Path()
 
     def enter(self, step: int, state: State) -> None:
         """Begin before this step, if it is one of them, and when what made the state has ended."""
         if self.folder is not None and not (self.running or self.written) and step in self.steps:
             jax.block_until_ready(state)
             if jax.process_index() == 0:
-                jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
+                self._here = Path(tempfile.mkdtemp(prefix="ddistill-"))  # the folder may be in a bucket
+                jax.profiler.start_trace(str(self._here), create_perfetto_trace=True)
             self.running = True
 
     def leave(self, step: int, state: State) -> None:
         """End before this step, if it is none of them, and when what made the state has ended."""
         if self.running and step not in self.steps:
             jax.block_until_ready(state)
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and self.folder is not None:
                 jax.profiler.stop_trace()
+                storage.copy(self._here, self.folder)
+                storage.remove(self._here)
             self.running, self.written = False, True
 
 

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput", "divergence"},
+    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput"},
     {"gathering", "hosts", "storage"},
-    {"seals"},
+    {"seals", "divergence"},
     {"checkpoint", "log"},
     {"grids", "net", "losses"},
     {"features", "mixture", "integrators", "networks"},
