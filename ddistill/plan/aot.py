@@ -70,8 +70,11 @@ def compiled(
         asked.write_text(json.dumps(request), encoding="utf-8")
         answers.touch()
         command = [sys.executable, "-m", "ddistill.plan.aot", str(asked), str(answers)]
+        ours = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # which are for CPUs
         with errors.open("wb") as log:
-            child = subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            child = subprocess.Popen(
+                command, env={**ours, **environment()}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         try:
             with answers.open(encoding="utf-8") as lines:
                 while True:
@@ -95,13 +98,12 @@ def check_libtpu() -> None:
         raise ImportError("compiling for a TPU needs libtpu, which is not installed: pip install ddistill[tpu]")
 
 
-def _environment() -> dict[str, str]:
-    """No TPU is looked for, flags for CPUs stay out, and nothing is cached: it could not be loaded here."""
-    own = {
+def environment() -> dict[str, str]:
+    """The environment of a process that compiles: it looks for no TPU, and keeps nothing, as it could not be loaded."""
+    return {
         "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false",
     }  # fmt: skip
-    return {**{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}, **own}
 
 
 def _read(line: dict[str, Any]) -> Compiled:
