@@ -175,6 +175,28 @@ def test_statistics_and_folders_serve_as_reference(run, tmp_path, capsys, monkey
     assert json.loads((tmp_path / "b" / "table.json").read_text())["made"]["reference"]["images"] == 5
 
 
+def test_beside_statistics_of_others_the_floor_is_the_runs_data_and_images_are_resized_as_theirs(
+    run, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def load(config, path, resize):
+        asked.append(resize.name)
+        return linear_features(SIDE, pool=12, spatial=20)
+
+    monkeypatch.setattr(networks, "load_features", load)
+    monkeypatch.setattr(study, "plan", lambda *a: [])
+    broken = np.diag(np.r_[-3.0, np.ones(11)])  # no covariance
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(12), sigma=broken)
+    argv = ["evaluate", str(run), "--features", "inception=file", "--metrics", "fid", "--samples", "20"]
+    assert main([*argv, "--reference", str(tmp_path / "adm.npz")]) == 0
+    (row,) = read(run)["rows"]
+    assert asked == ["tensorflow"] and row["sampler"] == "the run's data (floor)" and row["samples"] == 20
+    assert row["fid_clipped"] > 1e-6 and any("negative eigenvalues" in note for note in row["notes"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "does not tell its network, preprocessing and resolution" in told
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

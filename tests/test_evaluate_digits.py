@@ -75,3 +75,36 @@ def test_evaluate_asks_the_teacher_how_likely_samples_are_where_told_to(tmp_path
     assert (teacher, process) == ("the teacher", edm())
     np.testing.assert_array_equal(x, load_digits().held_out_x[:256])
     np.testing.assert_array_equal(labels, load_digits().held_out_labels[:256])
+
+
+def test_rows_are_kept_in_a_folder_if_one_is_given(tmp_path, capsys, monkeypatch):
+    opened = SimpleNamespace(experiment=quickstart.experiment(), teacher=None, student=None)
+    (tmp_path / "experiment.json").write_text("{}")
+    digits = load_digits()
+    drawn = []
+
+    def draw(noise, labels, key):
+        drawn.append(len(noise))
+        return Solution(digits.train_x[: len(noise)], 1)
+
+    monkeypatch.setattr(evaluate_command, "open_run", lambda run: opened)
+    monkeypatch.setattr(evaluate_command, "samplers_of", lambda opened, steps: [Sampler("copies", draw, 1)])
+    monkeypatch.setattr(evaluate_command, "steps_of", lambda opened, steps: [1])
+    argv = [
+        "evaluate",
+        str(tmp_path),
+        "--samples",
+        "20",
+        "--out",
+        str(tmp_path / "e"),
+        "--csv",
+        str(tmp_path / "t.csv"),
+    ]
+    assert main(argv) == 0 and drawn == [20, 20]
+    first = json.loads((tmp_path / "e" / "table.json").read_text())["rows"]
+    assert main(argv) == 0 and drawn == [20, 20], "both rows are there"
+    assert json.loads((tmp_path / "e" / "table.json").read_text())["rows"] == first
+    assert [row["sampler"] for row in first] == ["held-out scans (floor)", "copies"]
+    assert (tmp_path / "t.csv").read_text().splitlines()[2].startswith("copies,1,1,")
+    (tmp_path / "experiment.json").write_text("{} ")  # trained anew
+    assert main(argv) == 2 and "holds another evaluation: run: " in capsys.readouterr().err

@@ -13,6 +13,7 @@ from ddistill.evaluate import (
     precision_recall,
     sliced_wasserstein,
 )
+from ddistill.evaluate.metrics import frechet_parts
 
 
 def covariance(rng, d: int, rank: int) -> np.ndarray:
@@ -61,6 +62,16 @@ def test_frechet_of_samples_moves_as_the_samples_do():
     assert frechet(x, middle + 1.5 * (x - middle)) == pytest.approx(0.25 * total_variance, rel=1e-10)
     assert frechet(3 * x, 3 * (x + shift)) == pytest.approx(9 * 5.25, rel=1e-10)
     assert frechet(x, x[::-1]) == pytest.approx(0, abs=1e-10)
+
+
+def test_negative_eigenvalues_are_clipped_and_told():
+    # Roots diag(2, 0) and diag(1, 3): tr = 3 + 10, the cross term 2, and 1 of the traces' 13 was negative.
+    got = frechet_parts(np.zeros(2), np.diag([4.0, -1.0]), np.zeros(2), np.diag([1.0, 9.0]))
+    assert got == pytest.approx((3 + 10 - 2 * 2, 1 / 13), rel=1e-12)
+    rng = np.random.default_rng(12)
+    assert frechet_parts(np.zeros(9), covariance(rng, 9, 4), np.ones(9), covariance(rng, 9, 9)).clipped < 1e-12
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        frechet_parts(np.zeros(2), np.diag([np.nan, 1]), np.zeros(2), np.eye(2))
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_projected_length():
