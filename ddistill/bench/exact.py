@@ -35,6 +35,9 @@ from ddistill.stages import Stage, run, stages_of
 
 Row = dict[str, Any]
 
+FEW = 4
+"""Dimensions up to which a mixture has few."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -49,7 +52,7 @@ class Recipe:
 
 def recipe(d: int) -> Recipe:
     """The recipe for data of d dimensions."""
-    if d <= 4:
+    if d <= FEW:
         return Recipe(MLPNetwork(width=128, blocks=4), batch_size=256, fit_steps=3000, steps=6000)
     return Recipe(MLPNetwork(width=384, blocks=4), batch_size=256, fit_steps=6000, steps=4000)
 

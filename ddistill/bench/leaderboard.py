@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ddistill.bench.exact import (
+    FEW,
     Problem,
     Row,
     fitted_network,
@@ -85,7 +86,7 @@ def _network(mixture: str, seed: int) -> Iterator[Row]:
 def _student(mixture: str, seed: int, name: str, keep: Path | None) -> Iterator[Row]:
     case, entry = _case(mixture), METHODS[name]
     plan = recipe(case.mixture.d)
-    trained = dataclasses.replace(plan, steps=round(entry.effort * plan.steps))
+    trained = dataclasses.replace(plan, steps=round(entry.effort[case.mixture.d > FEW] * plan.steps))
     made = entry.make()(case.process)
     if entry.guided:
         return guided_rows(case, name, made, seed, trained, entry.steps, keep=keep)

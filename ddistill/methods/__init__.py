@@ -32,7 +32,7 @@ class Entry:
     """A method of the table: its configuration (called with a process it gives a Method or Rounds), and its source.
 
     steps: the numbers of sampling steps that the benchmark judges. guided: the student takes a guidance scale.
-    effort: how many times the usual number of training steps it takes, for methods of several trainings.
+    effort: how many times the usual number of training steps it takes, in few dimensions and in many (`bench.exact`).
     """
 
     make: Callable[..., Callable[[Process], Made]]
@@ -40,7 +40,7 @@ class Entry:
     paper: str
     steps: tuple[int, ...] = (1, 2, 4, 8)
     guided: bool = False
-    effort: float = 1.0
+    effort: tuple[float, float] = (1.0, 1.0)
 
     @property
     def file(self) -> str:
@@ -59,7 +59,7 @@ METHODS = {
     "rectified_flow": Entry(
         RectifiedFlow, "Rectified flow (1-RF)", "Liu et al. 2022, arXiv:2209.03003", (1, 2, 4, 8, 64)
     ),
-    "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003", effort=2.0),
+    "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003", effort=(2.0, 2.0)),
     "flow_consistency": Entry(FlowConsistency, "Consistency on a flow", "Yang et al. 2024, arXiv:2407.02398"),
     "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469"),
     "consistency_training": Entry(
@@ -69,7 +69,8 @@ METHODS = {
     "phased": Entry(PhasedConsistency, "Phased consistency", "Wang et al. 2024, arXiv:2405.18407"),
     "ctm": Entry(CTM, "Consistency trajectory models", "Kim et al. 2024, arXiv:2310.02279", (1, 2, 4, 8, 16)),
     "invertible": Entry(Invertible, "Invertible consistency", "Starodubcev et al. 2024, arXiv:2406.14539"),
-    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,), effort=2.5),
+    # On digits, 64 dimensions, longer training drops modes: recall .96 after 4000 steps, .48 after 10 000.
+    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,), effort=(2.5, 1.0)),
     "dmd_regression": Entry(
         dmd_with_regression, "Distribution matching with regression", "Yin et al. 2024, arXiv:2311.18828", (1,)
     ),
