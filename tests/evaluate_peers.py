@@ -18,6 +18,7 @@ def judged():
 
     from ddistill import sharding
     from ddistill.config import Data
+    from ddistill.data.loading import Unreadable
     from ddistill.evaluate.quality import Study, floor, judge, labels_in_turn
     from ddistill.evaluate.real import images_of
     from ddistill.evaluate.samplers import Sampler
@@ -35,6 +36,14 @@ def judged():
     names = tuple(name for name, metric in METRICS.items() if metric.feature.split(".")[0] in networks)
     x = np.random.default_rng(0).standard_normal((COUNT, *shape)).astype(np.float32) / 2
     images = images_of(Data({"x": x}, shape, 0), "the data")
+    whole = images.read
+
+    def read(i):
+        if i in (3, 30):  # one of each process
+            raise Unreadable(f"{i}: cut off")
+        return whole(i)
+
+    images.read = read
     real = statistics_of(images, networks, wanted(names), kept=COUNT, batch_size=10)
     # Shades and contrasts of the labels, as whole steps of brightness, so that no rounding of float32 tips one over.
     draw = Sampler("s", lambda x, c, key: Solution(jnp.round(x * (4 + 2 * c[:, None, None, None]) / 80) / 60, 1))
@@ -44,7 +53,8 @@ def judged():
     )
     times = "images_per_s", "wall_s", "compile_s", "decode_s"
     rows = floor(study), judge(draw, study)
-    return [{k: v for k, v in row.items() if isinstance(v, float | int) and k not in times} for row in rows]
+    numbers = [{k: v for k, v in row.items() if isinstance(v, float | int) and k not in times} for row in rows]
+    return [*numbers, {"skipped": len(images.skipped)}]
 
 
 if __name__ == "__main__":

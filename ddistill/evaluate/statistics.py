@@ -18,7 +18,7 @@ import numpy as np
 
 from ddistill.evaluate.moments import Moments
 from ddistill.evaluate.real import Images, in_colour, told
-from ddistill.evaluate.seen import Seen, Wanted, look
+from ddistill.evaluate.seen import Seen, Wanted, all_rows, look
 from ddistill.hub.features import Features
 from ddistill.version import version
 
@@ -67,6 +67,7 @@ def statistics_of(
         if len(images.skipped) == len(images):
             raise ValueError(f"{images.source} holds no image that can be read; {told(images)[-1]}") from error
         raise
+    images.skipped.update(_of_all_processes(images.skipped))
     one, other = parts if len(parts) == 2 else (parts[0], None)
     about = {
         "format": FORMAT,
@@ -212,6 +213,13 @@ def check_statistics(
             "that size"
         )
     return tuple(about.get("notes", ()))
+
+
+def _of_all_processes(skipped: Mapping[int, str]) -> dict[int, str]:
+    """What each process met and could not read, in all of them."""
+    lines = "".join(json.dumps([i, why]) + "\n" for i, why in skipped.items()) + "\n"
+    together = all_rows(np.frombuffer(lines.encode(), np.uint8)).tobytes().decode()
+    return dict(map(json.loads, filter(None, together.split("\n"))))
 
 
 def _check_width(path: Path, key: str, there: int, here: int) -> None:
