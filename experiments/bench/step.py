@@ -312,7 +312,7 @@ def over_devices(device: str, count: int, rounds: int) -> dict[str, Any]:
     return {"devices": count, "batch": case.batch, "seconds": best["ours"]}
 
 
-def of_loop(device: str, rounds: int, steps: int = 600) -> dict[str, Any]:
+def of_loop(device: str, rounds: int, steps: int = 200) -> dict[str, Any]:
     """Seconds that a step costs inside the loop and bare, for an MLP whose step takes about as long as its call."""
     import jax
     import numpy as np
