@@ -47,8 +47,8 @@ def candidates(experiment: Experiment, pod: Pod, *, most: int = 64, keep_batch: 
 
     most: samples on a chip. keep_batch: the batch is the experiment's, whatever the layout. Batches of more than 8
     times the experiment's are not looked at, since another batch is another training; of layouts within one per cent
-    of each other those nearest to its batch come first. Raises ValueError, with the least memory that was found, where
-    none fits.
+    of each other those nearest to its batch come first, then those without tensor parallelism, then the smaller. Raises
+    ValueError, with the least memory that was found, where none fits.
     """
     remats: tuple[Any, ...] = REMAT if hasattr(experiment.network, "remat") else (None,)
     seen = {remat: _Sizes(changed(experiment, {} if remat is None else {"remat": remat})) for remat in remats}
@@ -70,7 +70,13 @@ def candidates(experiment: Experiment, pod: Pod, *, most: int = 64, keep_batch: 
 
     def order(c: Candidate) -> tuple[float, ...]:
         far = abs(math.log(c.batch_size / experiment.batch_size))
-        return (round(c.per_image / best, 2), far, round(c.serial / c.batch_size / best, 2), c.memory)
+        return (
+            round(c.per_image / best, 2),
+            far,
+            c.changes["tensor"],
+            round(c.serial / c.batch_size / best, 1),
+            c.memory,
+        )
 
     return sorted(found, key=order)
 
