@@ -1,9 +1,11 @@
 """The README, run: its Python blocks, its commands and flags, and the files it names."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ddistill import Process, edm, grids, sample
-from ddistill.cli import Distill, Quickstart, commands, main
+from ddistill.cli import Command, Distill, Quickstart, commands, main
 from ddistill.methods import METHODS
 from ddistill.methods.base import Progress
 from ddistill.net import Net
@@ -72,7 +74,7 @@ def test_the_two_commands_come_first_and_ci_runs_them():
 
 def test_commands_are_known():
     assert {words[0] for words in OTHERS} == {"pip", "pytest"}
-    known = "quickstart import distill pairs encode sample invert export evaluate compare report bench"
+    known = "quickstart import distill plan pairs encode sample invert export evaluate compare report bench"
     assert {words[1] for words in DDISTILL} == set(known.split())
 
 
@@ -93,10 +95,12 @@ def test_every_command_line_parses(words, folder, monkeypatch):
 
 
 def test_flags_and_calls_in_the_text_exist(folder):
-    # Inline: `ddistill methods`, `--fsdp 4`. Those in the tables and paragraphs belong to distill, except tpu_setup's.
+    # Inline: `ddistill methods`, `--fsdp 4`. Flags are those of a command, or of an experiment.
+    kinds = [get_args(kind)[0] for kind in get_args(Command)]
+    flags = {f"--{field.name.replace('_', '-')}" for kind in kinds for field in dataclasses.fields(kind)}
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE))
     for text in inline:
-        if text.startswith("--") and text != "--help":
+        if text.startswith("--") and text.split()[0] not in {"--help", *flags}:
             load_experiment(ROOT / "experiments" / "digits_kd.py", [*text.split(), *_value_for(text)])
         if text.startswith("process."):
             assert callable(getattr(edm(), re.match(r"process\.(\w+)", text)[1]))

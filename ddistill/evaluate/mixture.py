@@ -69,7 +69,7 @@ class Judge:
         return np.bincount(mode[density > self.threshold], minlength=len(true)) / len(mode) > 0.2 * true
 
     def _judged(self, x: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """x [N, d] without NaN and infinity, its log-density, most responsible components, distances² to their means."""
+        """x [N, d] without NaN and infinity, log-density, most responsible components, distances² to their means."""
         x = np.asarray(x, np.float32).reshape(len(x), -1)
         x = np.where(np.isfinite(x), x, 1e6)
         judged = _judge(self.mixture, _noised(jnp.asarray(x), self.noise, jax.random.key(1)), self.noise)
