@@ -32,7 +32,7 @@ from ddistill.signals import Stop
 from ddistill.stages import Stage, run, stages_of
 from ddistill.version import version
 
-HOW = {"fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every"}
+HOW = {"fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every", "divergence"}
 """Fields of an experiment that say how it is carried out: a run may go on with other values of them."""
 
 
