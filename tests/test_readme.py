@@ -101,7 +101,9 @@ def test_flags_and_calls_in_the_text_exist(folder):
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE))
     for text in inline:
         if text.startswith("--") and text.split()[0] not in {"--help", *flags}:
-            load_experiment(ROOT / "experiments" / "digits_kd.py", [*text.split(), *_value_for(text)])
+            imported = text.startswith("--network.remat")
+            name = "published/imagenet256_dit_consistency.py" if imported else "digits_kd.py"
+            load_experiment(ROOT / "experiments" / name, [*text.split(), *_value_for(text)])
         if text.startswith("process."):
             assert callable(getattr(edm(), re.match(r"process\.(\w+)", text)[1]))
         if text.startswith("x0_from_"):
