@@ -46,6 +46,20 @@ def with_weights(module, ours=("target.", "guidance.")):
     return filled(params), filled(rest), code
 
 
+def made(make, ours=("target.", "guidance.")):
+    """The module that make() returns, with the weights of its names; initial values are computed of `ours` alone.
+
+    Computed for all, they are hundreds of small programs, and none of them is looked at.
+    """
+    outline = nnx.eval_shape(make)
+    params, _, _ = split(outline)
+    own = {}
+    if any(path.startswith(ours) for path in params):
+        own = jax.jit(lambda: {path: p for path, p in split(make())[0].items() if path.startswith(ours)})()
+    params, rest, code = with_weights(outline, ours)
+    return code(*jax.tree.map(jnp.asarray, ({**params, **own}, rest)))
+
+
 def answers(module, call, x, ours=("target.", "guidance.")):
     """What a module of ours answers: out = call(module, x), the gradients of sum(out · c) by x, and by the params.
 

@@ -12,6 +12,7 @@ from parity import (
     answers,
     assert_close,
     assert_parity,
+    made,
     nchw,
     nhwc,
     shapes_of,
@@ -28,6 +29,7 @@ from ddistill.hub.weights import params_from
 from ddistill.net import Scaled, VelocityPrecondition, from_nnx, split
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.dit import DiT, DiTConfig, as_flow, from_original, original_config
+from ddistill.networks.layers import rngs_of
 from ddistill.networks.tokens import positions
 from ddistill.process import flow
 
@@ -50,7 +52,7 @@ LABELS = np.array([2, -1])
 
 
 def make(config, **options):
-    return DiT(config, rngs=nnx.Rngs(0), **options)
+    return made(lambda: DiT(config, rngs=rngs_of(0), **options))
 
 
 def images(config):
@@ -127,7 +129,7 @@ def test_no_label_is_told_in_three_ways():
 
 
 def test_an_untrained_network_answers_zero_and_its_blocks_do_nothing():
-    module = make(TINY)
+    module = DiT(TINY, rngs=nnx.Rngs(0))
     y = values(1, 2, 4, 4, TINY.width)
     out = module.transformer_blocks(y, values(2, 2, 16), values(3, 2, 256), np.array([0, 1]))
     np.testing.assert_array_equal(out, y)
@@ -181,7 +183,7 @@ def test_parameters_of_diffusers_xl():
 
 
 def count(config):
-    shapes = shapes_of(lambda: make(config))
+    shapes = shapes_of(lambda: DiT(config, rngs=rngs_of(0)))
     return sum(np.prod(s) for p, s in shapes.items() if not p.startswith(("target.", "guidance.")))
 
 

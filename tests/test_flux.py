@@ -1,16 +1,19 @@
 """FLUX beside diffusers' network and pipeline: outputs, gradients, packing, guidance, students, sizes, refusals."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import answers, assert_parity, nchw, torch_answers, values, weights, with_weights
+from parity import answers, assert_parity, made, nchw, torch_answers, values, weights, with_weights
 
 from ddistill.hub.weights import params_from, tensors_of
 from ddistill.net import Scaled, split
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.flux import Flux, FluxConfig, pack, unpack
+from ddistill.networks.layers import rngs_of
 
 TINY = FluxConfig(
     in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
@@ -29,7 +32,10 @@ def ours(case):
 
 @pytest.fixture(scope="module")
 def modules():
-    return {case: Flux(config, remat=case == "flux_guided", rngs=nnx.Rngs(0)) for case, config in CASES.items()}
+    def make(case):
+        return Flux(CASES[case], remat=case == "flux_guided", rngs=rngs_of(0))
+
+    return {case: made(partial(make, case)) for case in CASES}
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,18 @@
 """SD3 beside diffusers' network: outputs, gradients, names, students, published sizes, inputs that are refused."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import answers, assert_parity, nchw, nhwc, torch_answers, values, weights, with_weights
+from parity import answers, assert_parity, made, nchw, nhwc, torch_answers, values, weights, with_weights
 
 from ddistill.hub.weights import params_from, tensors_from, tensors_of
 from ddistill.net import Scaled, split
 from ddistill.networks.conditions import Prompt
+from ddistill.networks.layers import rngs_of
 from ddistill.networks.sd3 import SD3, SD3Config
 
 TINY = SD3Config(
@@ -31,7 +34,10 @@ def ours(module, x):
 
 @pytest.fixture(scope="module")
 def modules():
-    return {name: SD3(config, remat=name == "sd3_dual", rngs=nnx.Rngs(0)) for name, config in CASES.items()}
+    def make(name):
+        return SD3(CASES[name], remat=name == "sd3_dual", rngs=rngs_of(0))
+
+    return {name: made(partial(make, name)) for name in CASES}
 
 
 @pytest.fixture(scope="module")
