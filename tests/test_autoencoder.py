@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import answers, assert_close, assert_parity, nchw, nhwc, shapes_of, torch_answers, values, with_weights
+from parity import (
+    answers,
+    assert_close,
+    assert_parity,
+    made,
+    nchw,
+    nhwc,
+    shapes_of,
+    torch_answers,
+    values,
+    with_weights,
+)
 
 from ddistill.networks.autoencoder import (
     DOWN,
@@ -22,6 +33,7 @@ from ddistill.networks.autoencoder import (
     to_latents,
     to_pictures,
 )
+from ddistill.networks.layers import rngs_of
 
 
 def kl_config(widths, **fields):
@@ -51,7 +63,7 @@ PICTURES = values(0, 2, 8, 12, 3)
 
 def make(case, **options):
     module, config = CASES[case]
-    return module(config, rngs=nnx.Rngs(0), **options)
+    return made(lambda: module(config, rngs=rngs_of(0), **options))
 
 
 def there_and_back(module, x):
@@ -192,7 +204,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     module, config, count = PUBLISHED[name]
-    shapes = shapes_of(lambda: module(config, rngs=nnx.Rngs(0)))
+    shapes = shapes_of(lambda: module(config, rngs=rngs_of(0)))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
 
 
