@@ -6,12 +6,13 @@ import tempfile
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile thousands of programs and run each of them once, so LLVM's optimisations cost more than they save, and
-# XLA's fusion emitters, through MLIR, take twice the time of the emitters of single instructions. XLA aborts where it
-# does not know a flag, and later versions do not know the last.
+# Tests compile thousands of programs and run each of them once, so LLVM's optimisations cost more than they save, XLA's
+# fusion emitters, through MLIR, take twice the time of the emitters of single instructions, and code in 32 parts for as
+# many threads takes a quarter more than in one. XLA aborts where it does not know a flag, and later versions do not
+# know the emitters'.
 _flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
+    _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 for _flag in _flags:
     if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
