@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from parity import answers, assert_close, assert_parity, shapes_of, torch_answers, values, weights, with_weights
+from parity import answers, assert_close, assert_parity, made, shapes_of, torch_answers, values, weights, with_weights
 
 from ddistill.hub.weights import params_from, tensors_of
 from ddistill.net import split
+from ddistill.networks.layers import rngs_of
 from ddistill.networks.text import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -64,7 +64,7 @@ def is_t5(case):
 
 def make(case, **options):
     module, config, _ = CASES[case]
-    return module(config, rngs=nnx.Rngs(0), **options)
+    return made(lambda: module(config, rngs=rngs_of(0), **options), ours=())
 
 
 def x_of(case):
@@ -189,7 +189,7 @@ def test_files_of_every_age_have_the_same_names_in_the_end():
 
 def test_twelve_blocks_are_read_in_their_order():
     config = CLIPTextConfig(**CLIP | {"num_hidden_layers": 12, "hidden_size": 2, "intermediate_size": 2})
-    params, _, _ = with_weights(CLIPTextModel(config, rngs=nnx.Rngs(0)))
+    params, _, _ = with_weights(made(lambda: CLIPTextModel(config, rngs=rngs_of(0)), ours=()))
     for i in range(12):
         name = f"encoder.layers.{i}.mlp.fc1.weight"
         np.testing.assert_array_equal(params["encoder.layers.stack.mlp.fc1.kernel"][i].T, weights({name: (2, 2)})[name])
@@ -215,7 +215,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     module, config, count = PUBLISHED[name]
-    shapes = shapes_of(lambda: module(config, rngs=nnx.Rngs(0)))
+    shapes = shapes_of(lambda: module(config, rngs=rngs_of(0)))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
 
 
