@@ -279,6 +279,9 @@ class Experiment:
     transformer's blocks. Their product divides the number of devices, and the batch is split over the others and fsdp.
     layout: exceptions to how parameters are split, `sharding.rule_of`: {"*.ff.net.2.kernel": (None, "fsdp")}.
     steps_per_dispatch: steps taken in one call, more than one for networks so small that calls take most of the time.
+    preview_every: after so many steps of a stage samples go into the log, drawn from the same noise each time, and how
+    far `preview_samples` of them are from data (`ddistill.previews`); 0 draws none. wandb: a project of Weights &
+    Biases that is told all of it as well.
     """
 
     name: str
@@ -301,6 +304,9 @@ class Experiment:
     checkpoint_every: int = 1000
     steps_per_dispatch: int = 1
     divergence: Divergence = field(default_factory=Divergence)
+    preview_every: int = 0
+    preview_samples: int = 256
+    wandb: str = ""
 
 
 def resolved(experiment: Experiment) -> Experiment:

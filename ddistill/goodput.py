@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = {"start": "start", "compile": "compilation", "data": "waiting for batches", "checkpoints": "checkpoints"}
+KINDS = {
+    "start": "start",
+    "compile": "compilation",
+    "data": "waiting for batches",
+    "checkpoints": "checkpoints",
+    "previews": "previews",
+}
 """What a clock tells apart from steps, and how it is called in words."""
 
 
@@ -71,7 +77,7 @@ def of_starts(starts: list[tuple[int, Mapping[str, float]]]) -> Goodput:
         redone += done - kept
         useful += spent["steps"] * kept / done if done else 0.0
         for kind in (*KINDS, "steps"):
-            seconds[kind] += spent[kind]
+            seconds[kind] += spent.get(kind, 0.0)  # earlier versions told fewer apart
     return Goodput(dict(seconds), len(starts), redone, useful / max(sum(seconds.values()), 1e-9))
 
 

@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +35,23 @@ class Pace:
     """How a loop goes: what it does every so many steps, how many it takes in one call, how many calls' batches wait.
 
     steps_per_dispatch: more than one for networks whose step takes about as long as its call; logs and checkpoints may
-    cut it short, and signals wait for its end. ahead: 0 makes batches when they are needed. Raises ValueError for
-    counts below 1.
+    cut it short, and signals wait for its end. ahead: 0 makes batches when they are needed. preview_every: 0 shows no
+    previews. Raises ValueError for other counts below 1.
     """
 
     log_every: int = 50
     checkpoint_every: int = 1000
     steps_per_dispatch: int = 1
     ahead: int = 2
+    preview_every: int = 0
 
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "steps_per_dispatch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.ahead < 0:
-            raise ValueError(f"ahead = {self.ahead} must be at least 0")
+        for name in ("ahead", "preview_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
 
 
 class Profile:
@@ -96,8 +98,11 @@ def fit(
     divergence: Divergence | None = None,
     profile: Profile | None = None,
     clock: Clock | None = None,
+    look: Callable[[int, State], None] | None = None,
 ) -> State:
     """Train from the state's step to the last of `steps`, on source(step).
+
+    look: is called with a step and its state as often as `pace` shows previews, and after the last step.
 
     Metrics are read one report late, and batches put on the devices ahead, so that the devices never wait for the host.
     Raises DivergedError as `divergence` says, ValueError if a batch lacks what the method needs, and Stopped, once the
@@ -112,6 +117,7 @@ def fit(
     flight: deque[Any] = deque()
     called: set[Any] = set()
     call = _Calls(trainer, nets, steps, round, pace.steps_per_dispatch)
+    look_every = pace.preview_every if look is not None else 0
 
     def report() -> None:
         nonlocal waiting
@@ -140,7 +146,9 @@ def fit(
                 return prepare(chunk, [known.pop(step) if step in known else source(step) for step in chunk])
 
         edges = (profile.steps.start, profile.steps.stop)
-        plan = _chunks(begin, steps, per, (pace.log_every, pace.checkpoint_every), edges)
+        plan = _chunks(
+            begin, steps, per, (pace.log_every, pace.checkpoint_every, *[look_every] * (look_every > 0)), edges
+        )
         with stop.watch(), closing(prefetched(make, plan, ahead)) as batches:
             while done < steps:
                 with clock.of("data"):
@@ -168,6 +176,10 @@ def fit(
                     if ends or rule.action == "stop" or watch.trusts(jax.device_get(metrics)):
                         with clock.of("checkpoints"):
                             checkpoints.save(done, state, wait=ends)
+                if look is not None and look_every and not asked and (done % look_every == 0 or done == steps):
+                    jax.block_until_ready(state)  # the time of steps that have not ended is not the preview's
+                    with clock.of("previews"):
+                        look(done, state)
                 if ends:
                     break
         report()

@@ -27,12 +27,16 @@ from ddistill.log import Log, RunLog
 from ddistill.methods.base import Pairs
 from ddistill.net import Net, guided
 from ddistill.overrides import describe, differences, override
+from ddistill.previews import looks_of
 from ddistill.process import Process
 from ddistill.signals import Stop
-from ddistill.stages import Stage, run, stages_of
+from ddistill.stages import Look, Stage, run, stages_of
 from ddistill.version import version
 
-HOW = {"fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every", "divergence"}
+HOW = {
+    "fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every", "divergence", "preview_every",
+    "preview_samples", "wandb",
+}  # fmt: skip
 """Fields of an experiment that say how it is carried out: a run may go on with other values of them."""
 
 
@@ -172,7 +176,7 @@ def distil(
     if log is not None:
         return _run(experiment, data, plan, workdir, log, stop, profile)
     buffered = storage.remote(workdir) and hosts.first()
-    with storage.mirrored(workdir) if buffered else nullcontext(workdir) as folder, RunLog(folder) as log:
+    with storage.mirrored(workdir) if buffered else nullcontext(workdir) as folder, _log_of(experiment, folder) as log:
         return _run(experiment, data, plan, workdir, log, stop, profile)
 
 
@@ -256,12 +260,26 @@ def _run(
             mesh=mesh, rule=rule, log=log, workdir=workdir,
             log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
             steps_per_dispatch=experiment.steps_per_dispatch, divergence=experiment.divergence, profile=profile,
-            stop=stop,
+            stop=stop, preview_every=experiment.preview_every, looks=_looks(experiment, data, plan, mesh, log),
         )  # fmt: skip
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):
             log.note(skipped)
     return Result(network if isinstance(architecture, Imported) else results[0], results[-1])
+
+
+def _log_of(experiment: Experiment, folder: Path) -> RunLog:
+    return RunLog(folder, wandb=experiment.wandb, name=experiment.name)
+
+
+def _looks(
+    experiment: Experiment, data: Data, plan: list[Stage], mesh: jax.sharding.Mesh, log: Log | None
+) -> dict[str, Look] | None:
+    """What shows the networks to the log while they train."""
+    e = experiment
+    if log is None or not e.preview_every:
+        return None
+    return looks_of(data, e.process, plan, mesh, log, e.preview_samples, e.batch_size, e.seed)
 
 
 def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> None:

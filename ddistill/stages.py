@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from ddistill.net import Net, retime, two_way
 from ddistill.process import Process
 from ddistill.signals import Stop
 from ddistill.train import State, Trainer, make_trainer
+
+Look = Callable[[int, Net], None]
+"""Shown a step and the network that samples after it. All processes call it."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +118,23 @@ def run(
     divergence: Divergence | None = None,
     profile: range | None = None,
     stop: Stop | None = None,
+    preview_every: int = 0,
+    looks: Mapping[str, Look] | None = None,
 ) -> list[Net]:
     """Run the stages from a first teacher (or the network to be trained as one); answers each stage's result.
 
     With a workdir every stage checkpoints under it, stages that ended are loaded, and one that was interrupted goes on
     where it stopped, with the same result as if it had not. Damaged checkpoints are skipped, and told of in the log.
     rule: how parameters lie on the mesh. log_every, checkpoint_every, steps_per_dispatch, ahead: the loop's `Pace`.
-    profile: the steps of each stage of which a profiler's trace is written under the workdir. Raises Stopped where
+    profile: the steps of each stage of which a profiler's trace is written under the workdir. looks: by the stages'
+    names, what sees the network that samples every `preview_every` steps. Raises Stopped where
     `stop` asks for it, with the state saved, DivergedError as `divergence` says, and as `prepare`.
     """
     results: list[Net] = []
     mesh = sharding.make_mesh() if mesh is None else mesh
     tell = warnings.warn if log is None else log.note
     stop, log = stop or Stop(), log or Silent()
-    pace = Pace(log_every, checkpoint_every, steps_per_dispatch, ahead)
+    pace = Pace(log_every, checkpoint_every, steps_per_dispatch, ahead, preview_every)
     if profile is not None and workdir is None:
         raise ValueError("a profile needs a workdir, the folder under which it is written")
     traced = False
@@ -142,6 +148,7 @@ def run(
         made = _carried_out(
             stage, trainer, before, jax.random.fold_in(key, i), folder,
             pace=pace, log=log, tell=tell, divergence=divergence or Divergence(), profile=trace, stop=stop,
+            look=None if looks is None else looks.get(stage.name),
         )  # fmt: skip
         results.append(made)
         traced |= trace.written
@@ -163,6 +170,7 @@ def _carried_out(
     divergence: Divergence,
     profile: Profile,
     stop: Stop,
+    look: Look | None,
 ) -> Net:
     """The result of a stage, from where its checkpoints are; after divergence anew from there, if that is wanted."""
     saved = (lambda: Checkpoints(folder, tell=tell)) if folder is not None else contextlib.nullcontext
@@ -187,6 +195,7 @@ def _carried_out(
                         trainer, state, nets, skipping,
                         stage=stage.name, steps=stage.steps, round=stage.round, pace=pace, log=log, stop=stop,
                         checkpoints=checkpoints, divergence=divergence, profile=profile, clock=clock,
+                        look=look and _seen(look, trainer, nets),
                     )  # fmt: skip
                 return result(trainer, state, nets)
         except DivergedError as error:
@@ -206,6 +215,11 @@ def _carried_out(
 def _later(source: Source, skipped: int) -> Source:
     """The batches of later steps."""
     return (lambda step: source(step + skipped)) if skipped else source
+
+
+def _seen(look: Look, trainer: Trainer, nets: dict[str, Net]) -> Callable[[int, State], None]:
+    """The look at the network that would sample if training ended here."""
+    return lambda step, state: look(step, result(trainer, state, nets))
 
 
 def trainer_of(

@@ -22,6 +22,7 @@ LINE = (
     {"loop"},
     {"stages", "quickstart", "datasets", "published"},
     {"evaluate", "report"},
+    {"previews"},
     {"runs", "bench"},
     {"compare", "dry_run"},
     {"plan"},

@@ -19,6 +19,9 @@ from ddistill.process import Process
 from ddistill.sample import matched_noise, sample
 from ddistill.sharding import batch_parts, batch_sharding
 
+Draw = Callable[[Net, Array, Any, Array], Solution]
+"""A way to sample with any network: draw(net, noise [B, ...], conditions or None, key) -> Solution."""
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -34,9 +37,14 @@ class Sampler:
 
 def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps: int, name: str) -> Sampler:
     """A teacher under an integrator, on Karras' grid of so many steps."""
+    solve = teacher_solver(process, integrator, steps)
+    return Sampler(name, lambda noise, cond, key: solve(teacher, noise, cond, key), steps)
+
+
+def teacher_solver(process: Process, integrator: Callable, steps: int) -> Draw:
+    """The program of `teacher_sampler`, compiled once for networks that differ in parameters alone."""
     grid = grids.karras(process, steps)
-    solve = jax.jit(lambda net, x, cond: integrator(net.bind(cond), process, grid, x))
-    return Sampler(name, lambda noise, cond, key: solve(teacher, noise, cond), steps)
+    return jax.jit(lambda net, x, cond, key: integrator(net.bind(cond), process, grid, x))
 
 
 def student_sampler(
@@ -47,7 +55,18 @@ def student_sampler(
     gamma, guidance: other than the method's. Raises ValueError for steps that the student does not serve, and for a
     guidance scale where it embeds none.
     """
-    sampling, own = sampling_of(made), home(made, process)
+    draw = student_solver(made, process, home(made, process), steps, gamma, guidance)
+    return Sampler("student", lambda noise, cond, key: draw(student, noise, cond, key), steps)
+
+
+def student_solver(
+    made: Made, process: Process, own: Process, steps: int, gamma: float | None = None, guidance: float | None = None
+) -> Draw:
+    """The program of `student_sampler`, compiled once for networks that differ in parameters alone.
+
+    own: the student's process. Raises as `student_sampler`.
+    """
+    sampling = sampling_of(made)
     if guidance is not None and sampling.guidance is None:
         raise ValueError(
             f"guidance = {guidance}: this student's guidance is built in; only students of `guidance` or "
@@ -62,7 +81,7 @@ def student_sampler(
         given = cond if w is None else Scaled(cond, jnp.full(x.shape[:1], w))
         return sample(net, own, times, matched_noise(x, process, own), key, gamma=gamma, cond=given)
 
-    return Sampler("student", lambda noise, cond, key: draw(student, noise, cond, key), steps)
+    return draw
 
 
 def samplers(
