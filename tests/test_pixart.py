@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from parity import (
     answers,
     assert_close,
     assert_parity,
+    made,
     nchw,
     nhwc,
     shapes_of,
@@ -24,6 +24,7 @@ from parity import (
 from ddistill.hub.weights import tensors_of
 from ddistill.net import Scaled
 from ddistill.networks.conditions import Prompt
+from ddistill.networks.layers import rngs_of
 from ddistill.networks.pixart import PixArt, PixArtConfig
 
 TINY = PixArtConfig(
@@ -61,7 +62,7 @@ PROMPT = Prompt(values(7, 2, 5, 10), mask=MASK, sizes=SIZES)
 
 
 def make(config, **options):
-    return PixArt(config, rngs=nnx.Rngs(0), **options)
+    return made(lambda: PixArt(config, rngs=rngs_of(0), **options))
 
 
 def images(case):
@@ -163,7 +164,7 @@ def test_twelve_blocks_load_in_their_order():
 )
 def test_parameters_of_the_published_networks(config, expected):
     # Counted in PixArtTransformer2DModel on the meta device; 0.6 B in table 2 of the paper.
-    shapes = shapes_of(lambda: make(config))
+    shapes = shapes_of(lambda: PixArt(config, rngs=rngs_of(0)))
     assert sum(np.prod(s) for p, s in shapes.items() if not p.startswith(("target.", "guidance."))) == expected
 
 
