@@ -74,7 +74,7 @@ def test_the_two_commands_come_first_and_ci_runs_them():
 
 def test_commands_are_known():
     assert {words[0] for words in OTHERS} == {"pip", "pytest"}
-    known = "quickstart import distill plan pairs encode sample invert export evaluate compare report bench"
+    known = "quickstart import distill plan pairs encode sample serve invert export evaluate compare report bench"
     assert {words[1] for words in DDISTILL} == set(known.split())
 
 

@@ -122,6 +122,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a local page on which a finished run's student is sampled beside its teacher. Needs the extra `serve`."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run's folder."""
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 lets other machines in, all who can reach it: there is no password."""
+    port: int = 7860
+    """The port to listen on."""
+    most: int = 64
+    """Samples that one call may ask for."""
+    most_steps: int = 64
+    """Sampling steps that one call may ask for."""
+    models: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """The pipeline's folder that encodes prompts, where the run has prompts."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Write the student of a run as a diffusers folder, with the scheduler that samples it and a model card.
 
@@ -364,6 +382,7 @@ Command = (
     | Annotated[Pairs, subcommand("pairs")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Sample, subcommand("sample")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Invert, subcommand("invert")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]

@@ -35,6 +35,7 @@ from ddistill.cli import (
     Quickstart,
     Report,
     Sample,
+    Serve,
 )
 from ddistill.cli.evaluate import digits_of, evaluate, judge_digits, samplers_of
 from ddistill.cli.output import cell, say, screen, write_json
@@ -75,6 +76,10 @@ def run(command: Command, flags: Sequence[str]) -> None:
             encode(command)
         case Sample():
             sample(command)
+        case Serve():
+            from ddistill.cli.serve import serve
+
+            serve(command)
         case Invert():
             invert(command)
         case Export():

@@ -1,0 +1,103 @@
+"""The page on which a student is sampled beside its teacher."""
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+from test_runs import TINY
+
+from ddistill.cli import Serve, main
+from ddistill.cli import serve as served
+from ddistill.cli.serve import Asked, Drawn, drawer, page, words
+from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
+from ddistill.integrators import dpmpp_2m
+from ddistill.runs import Opened, distil
+
+pytestmark = pytest.mark.usefixtures("one_device")
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+
+
+@pytest.fixture(scope="module")
+def opened(one_device):
+    return Opened(TINY, TINY.data.load(), *distil(TINY))
+
+
+@pytest.fixture(scope="module")
+def draw(opened):
+    return drawer(opened, most=8, most_steps=9)
+
+
+def test_student_and_teacher_are_those_of_sample_from_the_same_noise(opened, draw):
+    student, teacher = draw(Asked(steps=2, teacher_steps=3, n=5, seed=4))
+    noise, labels, key = start(TINY.process, (2,), 2, 5, 4)
+    made = TINY.method(TINY.process)
+    want = student_sampler(opened.student, made, TINY.process, 2).draw(noise, labels, key)
+    np.testing.assert_array_equal(student.x, want.x)
+    want = teacher_sampler(opened.teacher, TINY.process, dpmpp_2m, 3, "").draw(noise, labels, key)
+    np.testing.assert_array_equal(teacher.x, want.x)
+    assert student.first > student.seconds > 0  # the first call compiled
+    again, _ = draw(Asked(steps=2, teacher_steps=3, n=5, seed=5, label=1))
+    assert again.first is None and not np.array_equal(again.x, student.x)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"n": 9}, "9 samples: this page gives 1 to 8"),
+        ({"n": 0}, "0 samples"),
+        ({"steps": 10}, "10 steps of the student: this page gives 1 to 9"),
+        ({"teacher_steps": 0}, "0 steps of the teacher"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"gamma": 1.5}, "gamma is 1.5"),
+        ({"label": 2}, "the label is 2: labels are 0 to 1"),
+        ({"guidance": 3.0}, "guidance = 3.0: this student's guidance is built in"),
+    ],
+)
+def test_what_is_out_of_range_is_told_in_words(draw, asked, told):
+    with pytest.raises(ValueError, match=told):
+        draw(Asked(**asked))
+
+
+def test_latency_in_words():
+    x = np.zeros((4, 2))
+    assert words("student", 1, Drawn(x, 0.02, None)) == "student, 1 step: 20.0 ms, 5.00 ms per sample"
+    assert words("t", 2, Drawn(x, 0.02, 3.0)).endswith("; the first call, with compilation, took 3.00 s")
+
+
+@pytest.mark.parametrize("flags", [["--most", "0"], ["--most-steps", "0"], ["--port", "0"]])
+def test_flags_out_of_range(flags, capsys):
+    assert main(["serve", "nowhere", *flags]) == 2
+    assert " ".join(flags) in capsys.readouterr().err
+
+
+def test_without_gradio_words_say_what_to_install(opened, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"pip install 'ddistill\[serve\]'"):
+        page(opened, most=4, most_steps=4)
+
+
+@needs_gradio
+def test_the_page_answers_on_loopback_and_asks_nobody_else(opened):
+    import httpx
+
+    assert Serve.host == "127.0.0.1"
+    blocks = page(opened, most=4, most_steps=4)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    try:
+        url = served.launch(blocks, "127.0.0.1", None, wait=False)
+        text = httpx.get(url, timeout=60).text
+        assert "tiny" in text and not blocks.share and not blocks.analytics_enabled
+        assert "fonts.googleapis" not in text.replace('href="https://fonts.googleapis.com" crossorigin', "")
+
+        def call(**changed):
+            given = {"steps": 1, "teacher_steps": 2, "n": 3, "seed": 0, "gamma": 0, "guidance": 1, "label": "1"}
+            data = [*{**given, **changed}.values(), ""]
+            event = httpx.post(f"{url}gradio_api/call/sample", json={"data": data}, timeout=60).json()["event_id"]
+            return httpx.get(f"{url}gradio_api/call/sample/{event}", timeout=60).text
+
+        told = call()
+        assert "event: complete" in told and "student, 1 step: " in told and "teacher, DPM-Solver++(2M), 2 s" in told
+        assert "event: error" in call(n=5)
+    finally:
+        blocks.close()
