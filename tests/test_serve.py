@@ -56,7 +56,7 @@ def test_student_and_teacher_are_those_of_sample_from_the_same_noise(opened, dra
 )
 def test_what_is_out_of_range_is_told_in_words(draw, asked, told):
     with pytest.raises(ValueError, match=told):
-        draw(Asked(**asked))
+        draw(Asked(**{"n": 4, **asked}))
 
 
 def test_latency_in_words():
