@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import answers, assert_parity, nchw, nhwc, shapes_of, torch_answers, values, weights, with_weights
+from parity import answers, assert_parity, made, nchw, nhwc, shapes_of, torch_answers, values, with_weights
 
 from ddistill.features import features
 from ddistill.net import EDMPrecondition, EpsPrecondition, Scaled, from_nnx, split
@@ -91,11 +91,7 @@ def their_answers(network, cond):
 
 def ours(kind, config, **options):
     """A network of ours; what is saved but not trained has the values of its name too."""
-    module = kind(config, rngs=rngs_of(0), **options)
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param))):
-        name = ".".join(map(str, path))
-        variable[...] = weights({name: variable.shape})[name]
-    return module
+    return made(lambda: kind(config, rngs=rngs_of(0), **options))
 
 
 def call_with(config):
