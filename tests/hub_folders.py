@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from ddistill.hub.configs import kind_of, network_config
 from ddistill.hub.weights import OURS, tensors_of
 from ddistill.net import split
+from ddistill.networks.layers import rngs_of
 
 DIT = {
     "_class_name": "DiTTransformer2DModel",
@@ -31,7 +32,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 def make(config, **options):
     """The module of a config.json."""
-    return kind_of(config).network(network_config(config), rngs=nnx.Rngs(0), **options)
+    return kind_of(config).network(network_config(config), rngs=rngs_of(0), **options)
 
 
 def tensors_for(config):

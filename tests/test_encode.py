@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from parity import with_weights
+from parity import made, with_weights
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -22,6 +21,7 @@ from ddistill.hub.autoencoders import load_autoencoder
 from ddistill.hub.weights import tensors_from
 from ddistill.networks.autoencoder import DOWN, UP, AutoencoderKL, AutoencoderKLConfig
 from ddistill.networks.conditions import Prompt
+from ddistill.networks.layers import rngs_of
 
 COUNT = 21
 BAD = (3, 16)
@@ -266,7 +266,7 @@ def autoencoder(tmp_path_factory):
     pipeline = tmp_path_factory.mktemp("pipeline")
     folder = pipeline / "vae"
     folder.mkdir()
-    params, rest, code = with_weights(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
+    params, rest, code = with_weights(made(lambda: AutoencoderKL(CONFIG, rngs=rngs_of(0)), ours=()))
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **dataclasses.asdict(CONFIG)}))
     save_file(dict(tensors_from(params)), folder / "diffusion_pytorch_model.safetensors")
     encode, decode = (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hub_folders import DDIM, FLOW, assert_trees_equal, make, tensors_for, write_pipeline
+from parity import made
 
 from ddistill.hub.configs import KINDS, config_json, diffusion_of, kind_of, network_config
 from ddistill.hub.load import load_network, open_weights, plan
@@ -71,7 +72,7 @@ def test_what_diffusers_writes_is_taken_whole(name):
 
 def test_buffers_that_a_model_keeps_are_written_and_read(tmp_path):
     config = {"_class_name": "SD3Transformer2DModel", **TINY["SD3Transformer2DModel"]}
-    net = from_nnx(make(config), *diffusion_of(FLOW))
+    net = from_nnx(made(lambda: make(config)), *diffusion_of(FLOW))
     table = np.random.default_rng(0).standard_normal(net.rest["pos_embed.pos_embed"].shape).astype(np.float32)
     net = net.replace(rest={"pos_embed.pos_embed": jnp.asarray(table)})
     save_pipeline(tmp_path / "p", net)

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, inputs, make, write_pipeline
+from parity import made
 
 from ddistill import grids
 from ddistill.hub.configs import diffusion_of, scheduler_json
@@ -282,11 +283,12 @@ def test_what_diffusers_cannot_do_is_refused_in_words(folders, tmp_path):
         recipe(student, process, times, 0.5)
     with pytest.raises(ValueError, match="are not 2 whole numbers"):
         recipe(student, process, [1.4, 1.2, 0.0], 0.0)
-    song = from_nnx(make(SMALL), edm(), EDMPrecondition())
+    module = made(lambda: make(SMALL))
+    song = from_nnx(module, edm(), EDMPrecondition())
     with pytest.raises(ValueError, match="takes no times of its own: export one step"):
         recipe(song, edm(), [80.0, 1.0, 0.0], 1.0)
     assert recipe(song, edm(), [80.0, 0.0], 1.0).scheduler["_class_name"] == "EDMEulerScheduler"
-    odd = from_nnx(make(SMALL), discrete_vp(linear_betas(10)), VPrecondition())
+    odd = from_nnx(module, discrete_vp(linear_betas(10)), VPrecondition())
     with pytest.raises(ValueError, match="no scheduler of diffusers is of DiscreteVP with VPrecondition"):
         recipe(odd, odd.apply.process, [10.0, 0.0], 0.0)
     update = {"proj_out_1.bias": jnp.ones(32)}

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, make, tensors_for, write_model, write_pipeline
-from parity import nchw, nhwc, values
+from parity import made, nchw, nhwc, values
 from test_dit import by_the_paper, original
 from test_pickles import snapshot, stored, window, zip_file  # noqa: F401
 
@@ -180,7 +180,7 @@ def test_what_diffusers_cannot_hold_of_an_original_checkpoint_is_refused(origina
         for teacher in (folder / name, None):
             with pytest.raises(ValueError, match=r"cannot hold this network: freq_shift is 0\.0.*shared_embedding"):
                 config_of(student, teacher)
-    module = make(SMALL)
+    module = made(lambda: make(SMALL))
     with pytest.raises(ValueError, match="DiTTransformer2DModel 1000 t for a flow's time t.*made for 1 t"):
         config_of(from_nnx(module, flow(), VelocityPrecondition()))
     assert config_of(from_nnx(module, flow(), VelocityPrecondition(1000.0)))["_class_name"] == SMALL["_class_name"]
@@ -248,7 +248,7 @@ def experiment():
 """
 
 
-def test_commands_from_a_folder_of_diffusers_to_one(teacher, tmp_path, monkeypatch, capsys):
+def test_commands_from_a_folder_of_diffusers_to_one(teacher, tmp_path, monkeypatch, capsys, one_device):
     (tmp_path / "hub_squares.py").write_text(
         inspect.getsource(Squares).replace("@data", HEADER + "@data")
     )  # data of the experiment's own, that its copy finds too

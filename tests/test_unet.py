@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import answers, assert_parity, nchw, nhwc, shapes_of, torch_answers, values, weights, with_weights
+from parity import answers, assert_parity, made, nchw, nhwc, shapes_of, torch_answers, values, weights, with_weights
 
 from ddistill.features import features
 from ddistill.hub.weights import params_from, tensors_of
@@ -233,11 +233,11 @@ def ask(case):
     x = values(1, B, SIDE, SIDE, 3 if case in PIXELS else 4)
     if case in PIXELS:
         config, cond = PIXELS[case]
-        return UNet2D(config, remat=case == "unet_consistency", rngs=nnx.Rngs(0)), cond, x
+        return made(lambda: UNet2D(config, remat=case == "unet_consistency", rngs=rngs_of(0))), cond, x
     config = TEXTS[case]
     cond = prompt(config, mask=case == "unet_sd")
     cond = Scaled(cond, SCALES) if config.time_cond_proj_dim else cond
-    return UNet2DCondition(config, remat=case == "unet_sdxl", rngs=nnx.Rngs(0)), cond, x
+    return made(lambda: UNet2DCondition(config, remat=case == "unet_sdxl", rngs=rngs_of(0))), cond, x
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def option():
                 labels = config.num_class_embeds is not None
                 cond, make = prompt(config), UNet2DCondition
                 cond = Prompt(cond.states, **({"sizes": beside[:, None]} if labels else {"pooled": beside}))
-            params, rest, code = with_weights(make(config, rngs=nnx.Rngs(0)))
+            params, rest, code = with_weights(made(lambda: make(config, rngs=rngs_of(0))))
             known[case] = jax.jit(lambda params, x: code(params, rest)(x, TIMES, cond))(params, x)
         return {"out": np.asarray(known[case])}, x
 
@@ -351,7 +351,7 @@ def test_no_label_adds_nothing():
         norm_num_groups=4,
         num_class_embeds=3,
     )
-    params, rest, code = with_weights(UNet2D(config, rngs=nnx.Rngs(0)))
+    params, rest, code = with_weights(made(lambda: UNet2D(config, rngs=rngs_of(0))))
     x = np.repeat(values(0, 1, 4, 4, 3), 5, axis=0)
 
     @jax.jit
@@ -366,7 +366,7 @@ def test_no_label_adds_nothing():
 
 def test_dropout_has_the_network_without_it_as_its_mean():
     style = Style(embedding=6, groups=4, epsilon=1e-5, scale_shift=False, dropout=0.3, dtype=jnp.float32, remat=True)
-    params, rest, code = with_weights(Resnet(4, 8, style, rngs=nnx.Rngs(0)))
+    params, rest, code = with_weights(made(lambda: Resnet(4, 8, style, rngs=rngs_of(0))))
     x, embedding = values(1, 1, 3, 3, 4), values(2, 1, 6)
 
     @jax.jit
@@ -381,8 +381,9 @@ def test_dropout_has_the_network_without_it_as_its_mean():
 
 
 def test_twelve_transformer_blocks_are_loaded_in_their_order():
-    options = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    params, rest, code = with_weights(Transformer(8, 2, 6, 12, groups=4, linear=True, remat=False, **options))
+    options = {"dtype": jnp.float32, "rngs": rngs_of(0)}
+    make = lambda: Transformer(8, 2, 6, 12, groups=4, linear=True, remat=False, **options)  # noqa: E731
+    params, rest, code = with_weights(made(make))
     x, context = values(1, B, 2, 2, 8), values(2, B, 3, 6)
     shapes = {t.name: t.shape for path, p in params.items() for t in tensors_of(path, p.shape)}
     tensors = weights(shapes)
@@ -402,7 +403,7 @@ def test_twelve_transformer_blocks_are_loaded_in_their_order():
 def test_bfloat16_stays_near_float32(ours):
     module, cond, x = ask("unet_sd")
     params, _, _ = with_weights(module)
-    _, rest, code = split(UNet2DCondition(TEXTS["unet_sd"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    _, rest, code = split(made(lambda: UNet2DCondition(TEXTS["unet_sd"], dtype=jnp.bfloat16, rngs=rngs_of(0))))
     out = jax.jit(lambda params: code(params, rest)(x, TIMES, cond))(params)
     there = ours("unet_sd")["out"]
     assert out.dtype == jnp.float32
