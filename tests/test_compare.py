@@ -24,6 +24,9 @@ TINY = dataclasses.replace(
 ONE_STEP = dataclasses.replace(TINY, name="kd", method=KD(steps=(1,), pairs=64, teacher_steps=4))
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
 def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains_nothing(tmp_path):
     said = []
     rows = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path, say=said.append))
