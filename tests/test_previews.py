@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import time
 
 import jax
 import numpy as np
@@ -163,6 +164,10 @@ def test_weights_and_biases_is_told_offline_and_later_starts_go_on(tmp_path, mon
         log.preview(5, {"spread/1-step": 0.5}, {"1-step": np.zeros((4, 4, 3), np.uint8)})
     run = (tmp_path / "wandb.txt").read_text()
     (written,) = (tmp_path / "wandb").glob(f"offline-run-*-{run}/run-{run}.wandb")
+    for _ in range(100):  # a process of wandb's own writes it, and may be behind
+        if b"student/preview/spread/1-step" in written.read_bytes():
+            break
+        time.sleep(0.1)
     content = written.read_bytes()
     assert b"student/preview/spread/1-step" in content and b"distil" in content
     assert list(written.parent.rglob("*.png"))
