@@ -190,8 +190,8 @@ def _row(method, sw2):
 def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def bench(names, mixtures, seeds, have, jobs):
-        asked.append((tuple(names), tuple(mixtures), seeds, len(have), jobs))
+    def bench(names, mixtures, seeds, have, jobs, keep):
+        asked.append((tuple(names), tuple(mixtures), seeds, len(have), jobs, keep.name))
         yield _row("teacher/euler", 0.04)
         yield _row("kd", 0.03)
         raise KeyboardInterrupt
@@ -202,7 +202,7 @@ def test_bench_prints_the_floor_first_and_keeps_its_rows_when_interrupted(tmp_pa
     argv += ["--jobs", "3"]
     assert main(argv) == 130
     assert main(argv) == 130
-    assert asked == [(("kd", "consistency"), ("grid25",), 2, before, 3) for before in (0, 2)]
+    assert asked == [(("kd", "consistency"), ("grid25",), 2, before, 3, "rows-samples") for before in (0, 2)]
     rows = json.loads(file.read_text())["rows"]
     assert [r["method"] for r in rows] == 2 * ["teacher/euler", "kd"]
     assert rows[0]["ll_gap"] is None and rows[0]["endpoint"] is None
@@ -216,7 +216,7 @@ def test_bench_runs_all_mixtures_and_methods_unless_told_otherwise(monkeypatch):
     asked = []
     monkeypatch.setattr(leaderboard, "leaderboard", lambda *a: iter(asked.append(a) or ()))
     assert main(["bench", "exact"]) == 0
-    assert asked == [(list(METHODS), ("ring8", "grid25", "digits"), 1, [], 1)]
+    assert asked == [(list(METHODS), ("ring8", "grid25", "digits"), 1, [], 1, None)]
 
 
 def test_bench_writes_all_rows_as_a_page_and_refuses_a_file_that_is_not_its_own(tmp_path, monkeypatch, capsys):
@@ -225,7 +225,7 @@ def test_bench_writes_all_rows_as_a_page_and_refuses_a_file_that_is_not_its_own(
     page, file = tmp_path / "exact.md", tmp_path / "rows.json"
     argv = ["bench", "exact", "--methods", "kd", "--mixture", "grid25", "--seeds", "2", "--json", str(file)]
     assert main([*argv, "--page", str(page)]) == 0
-    assert "| kd | 1 | 1 | – | 0.0400 ± 0.0100 | 0.900 ± 0.000 | 1.00 ± 0.00 |" in page.read_text("utf-8")
+    assert "| kd | 1 | 1 | 2 | – | 0.0400 ± 0.0141 | 0.900 ± 0.000 | 1.000 ± 0.000 |" in page.read_text("utf-8")
     file.write_text("[]")
     assert main(argv) == 2
     assert "not a file that this command wrote" in capsys.readouterr().err

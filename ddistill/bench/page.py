@@ -64,7 +64,7 @@ def summaries(rows: Sequence[Row], columns: Sequence[str]) -> list[Summary]:
         values: dict[str, list[Any]] = {c: [row.get(c) for row in groups[who]] for c in columns}
         whole = {c: np.asarray(v, np.float64) for c, v in values.items() if None not in v}
         mean = {c: float(whole[c].mean()) if c in whole else None for c in columns}
-        spread = {c: float(v.std(ddof=1)) for c, v in whole.items() if len(v) > 1}
+        spread = {c: float(v.std(ddof=1)) for c, v in whole.items() if len(v) > 1 and np.isfinite(v).all()}
         made.append(Summary(method, steps, nfe, w, len(groups[who]), mean, spread))
     return made
 
