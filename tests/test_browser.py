@@ -267,6 +267,7 @@ def test_paths_play_and_pause_and_readers_who_ask_for_calm_get_single_pictures(b
     play.send_keys(Keys.SPACE)
     assert play.get_attribute("aria-pressed") == "true" and play.text == "Pause"
     browser.wait("document.querySelector('#group-1 .time').value > 20")
+    browser.run("arguments[0].scrollIntoView({ block: 'center' })", play)  # plots above it have come since
     play.click()
     at = slider.get_attribute("value")
     assert browser.run(picture) != before and play.text == "Play"
