@@ -259,7 +259,7 @@ def test_lost_modes_are_red_and_said(browser, report):
 def test_paths_play_and_pause_and_readers_who_ask_for_calm_get_single_pictures(browser, report):
     browser.open(report, prefers_reduced_motion="no-preference")
     play, slider = browser.one("#group-1 .play"), browser.one("#group-1 .time")
-    browser.run("arguments[0].scrollIntoView({ block: 'center' })", play)
+    browser.run("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", play)
     picture = "return document.querySelector('#group-1 .motion .left canvas').toDataURL()"
     browser.wait("document.querySelector('#group-1 .motion .left canvas').width > 100")
     before = browser.run(picture)
@@ -267,7 +267,7 @@ def test_paths_play_and_pause_and_readers_who_ask_for_calm_get_single_pictures(b
     play.send_keys(Keys.SPACE)
     assert play.get_attribute("aria-pressed") == "true" and play.text == "Pause"
     browser.wait("document.querySelector('#group-1 .time').value > 20")
-    browser.run("arguments[0].scrollIntoView({ block: 'center' })", play)  # plots above it have come since
+    browser.run("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", play)
     play.click()
     at = slider.get_attribute("value")
     assert browser.run(picture) != before and play.text == "Play"
