@@ -47,9 +47,9 @@ class Summary:
 
 def summaries(rows: Sequence[Row], columns: Sequence[str]) -> list[Summary]:
     """Rows of one mixture over their seeds, the teacher's first, then methods as in their table, by steps."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["w"], row["steps"], row["nfe"]), []).append(row)
+    groups: dict[tuple, dict[int, Row]] = {}
+    for row in rows:  # each guided method brings the teacher's rows: those of a seed count once
+        groups.setdefault((row["method"], row["w"], row["steps"], row["nfe"]), {})[row["seed"]] = row
     order = {name: i for i, name in enumerate(METHODS)}
     first = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
 
@@ -61,7 +61,7 @@ def summaries(rows: Sequence[Row], columns: Sequence[str]) -> list[Summary]:
     made = []
     for who in sorted(groups, key=place):
         method, w, steps, nfe = who
-        values: dict[str, list[Any]] = {c: [row.get(c) for row in groups[who]] for c in columns}
+        values: dict[str, list[Any]] = {c: [row.get(c) for row in groups[who].values()] for c in columns}
         whole = {c: np.asarray(v, np.float64) for c, v in values.items() if None not in v}
         mean = {c: float(whole[c].mean()) if c in whole else None for c in columns}
         spread = {c: float(v.std(ddof=1)) for c, v in whole.items() if len(v) > 1 and np.isfinite(v).all()}
