@@ -398,7 +398,8 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch, tmp_path):
         make(digits(tmp_path), [], pod("v5e:2x2"))
 
 
-# The compiler for TPUs: with libtpu, and DDISTILL_COMPILE=one or all (every experiment on each chip)
+# The compiler for TPUs: with libtpu, and DDISTILL_COMPILE=few (some experiments, for one chip each), one (all
+# experiments) or all (for every chip)
 
 COMPILE = os.environ.get("DDISTILL_COMPILE", "")
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
@@ -406,12 +407,12 @@ CASES = [
     (path, topology)
     for i, path in enumerate(PUBLISHED)
     for j, topology in enumerate(TOPOLOGIES)
-    if COMPILE == "all" or i % len(TOPOLOGIES) == j
+    if COMPILE == "all" or (i % len(TOPOLOGIES) == j and (COMPILE != "few" or i % 7 == 0))
 ]
 SIDE, WORDS = 16, 16
 
 
-@pytest.mark.skipif(not COMPILE, reason="asked for by DDISTILL_COMPILE=one, or all")
+@pytest.mark.skipif(not COMPILE, reason="asked for by DDISTILL_COMPILE=few, one or all")
 @pytest.mark.parametrize(("path", "topology"), CASES, ids=lambda c: getattr(c, "stem", c))
 def test_published_experiments_compile_for_tpus(path, topology, monkeypatch):
     """With few narrow blocks, small images and short texts the fullest step compiles, and holds what was counted."""
@@ -436,6 +437,7 @@ def test_published_experiments_compile_for_tpus(path, topology, monkeypatch):
     assert not done.failed and done.flops > 0 and done.traffic > 0
     counted = analysed(experiment, 4, traced_once(experiment, 2))[0]
     assert counted.name == done.name
-    # Tiles of 8 × 128 numbers make small arrays larger than they are; arguments that nothing reads are left out.
-    assert 0.5 * sum(counted.held.values()) < done.arguments < 2 * sum(counted.held.values()) + 2**20
+    # Tiles of 8 × 128 numbers make small arrays, of which there are a thousand, larger than they are; arguments that
+    # nothing reads are left out.
+    assert 0.5 * sum(counted.held.values()) < done.arguments < 2 * sum(counted.held.values()) + 2**23
     assert sum(c.received for c in done.collectives.values()) > 0
