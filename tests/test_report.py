@@ -100,6 +100,7 @@ def test_the_best_of_the_students_is_known_by_each_columns_better_side():
         Line("teacher", "teacher", 35, {"up": 9.0, "down": 0.0, "none": 1.0}),
         Line("a", "student", 1, {"up": 1.0, "down": 2.0, "none": 5.0}),
         Line("b", "student", 1, {"up": 3.0, "down": float("nan"), "none": None}),
+        Line("c", "student", 1, {"up": 2.0, "down": 4.0}),
     ]
     assert best(Table("", columns, lines)) == {"up": 3.0, "down": 2.0}
 
