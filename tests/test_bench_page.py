@@ -15,6 +15,7 @@ from ddistill.bench.kept import PATHS, Kept, folder_of, how_many, read_kept, wri
 from ddistill.bench.page import groups, markdown, summaries, write_page
 from ddistill.cli import main
 from ddistill.evaluate.mixture import SCALE, judge
+from ddistill.integrators import euler
 from ddistill.methods import METHODS
 from ddistill.mixture import Mixture
 from ddistill.process import edm
@@ -150,12 +151,13 @@ def red(path):
 
 
 def test_a_picture_shows_every_student_and_its_lost_modes_in_red(students, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_STEPS", (4, 35))
+    monkeypatch.setattr(pictures, "_TEACHERS", (("teacher/euler", euler, (1, 4)),))
     rows, folder = students
     name = rows[0]["mixture"]
     shown = pictures.shown(name, rows, folder)
-    assert [one.label for one in shown.drawn] == ["exact samples", "teacher/dpmpp_2m", "teacher/euler", "kd", "ctm"]
-    assert shown.modes == 3 and list(shown.drawn[3].sheets) == [1, 2] and list(shown.drawn[4].sheets[1].lost) == [1]
+    assert [one.label for one in shown.drawn] == ["exact samples", "teacher/euler", "kd", "ctm"]
+    assert shown.modes == 3 and list(shown.drawn[2].sheets) == [1, 2] and list(shown.drawn[3].sheets[1].lost) == [1]
+    assert list(shown.drawn[1].sheets[1].lost) == [0, 1, 2]  # one step of Euler answers the data's mean
     assert [one.label for one in shown.motions] == ["teacher/heun", "ctm"]
     assert "No samples were kept of dmd." in shown.words
     monkeypatch.setattr(pictures, "shown", lambda *a: shown)
@@ -198,7 +200,7 @@ def test_with_nothing_left_to_train_only_the_page_is_written(students, tmp_path,
 
     for part in ("problem", "fitted_network", "student_rows", "teacher_row"):
         monkeypatch.setattr(leaderboard, part, never)
-    monkeypatch.setattr(pictures, "_STEPS", (4, 35))
+    monkeypatch.setattr(pictures, "_TEACHERS", (("teacher/euler", euler, (1, 4)),))
     monkeypatch.chdir(tmp_path)
     flags = ["--methods", "kd", "--mixture", name, "--seeds", "2", "--json", "rows.json", "--page", "out.md"]
     assert main(["bench", "exact", *flags]) == 0
@@ -210,7 +212,7 @@ def test_with_nothing_left_to_train_only_the_page_is_written(students, tmp_path,
 
 
 def test_a_report_of_rows_has_a_group_for_each_mixture(students, monkeypatch):
-    monkeypatch.setattr(pictures, "_STEPS", (4, 35))
+    monkeypatch.setattr(pictures, "_TEACHERS", (("teacher/euler", euler, (1, 4)),))
     rows, folder = students
     rows += [{**row(rows[0]["mixture"], "lcm", 4, 0, 0.1), "w": w} for w in (1.0, 2.0)]
     rows += [{**row(rows[0]["mixture"], "invertible/inversion", 4, 0, None), "encoding": 0.1, "round_trip": 0.2}]
@@ -225,7 +227,7 @@ def test_a_report_of_rows_has_a_group_for_each_mixture(students, monkeypatch):
 
 
 def test_a_page_needs_no_samples(mixture, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_STEPS", (4, 35))
+    monkeypatch.setattr(pictures, "_TEACHERS", (("teacher/euler", euler, (1, 4)),))
     said = []
     write_page(tmp_path / "p.md", [row(mixture[0], "kd", 1, 0, 0.1)], "c", None, said.append)
     assert (tmp_path / "p-three.png").is_file() and said == []

@@ -99,10 +99,10 @@ def guided_rows(
             drawn[n] = solution.x
             yield judged(name, n, int(solution.nfe), solution.x, wall)
         if keep is not None and w == 1:
-            found = {n: _found(problem.mixture, problem.process, x, reference, labels) for n, x in drawn.items()}
+            # By `mode_recall`, which counts all that is nearest to a mode, samples far from all would lose none.
             write_kept(keep, problem.name, name, seed, Kept(
                 {n: np.asarray(x)[: how_many(problem.mixture.d)] for n, x in drawn.items()},
-                {n: np.flatnonzero(there & ~held) for n, (there, held) in found.items()},
+                {n: np.flatnonzero(~problem.judge.found(x)) for n, x in drawn.items()},
             ))  # fmt: skip
 
 
@@ -114,18 +114,11 @@ def mode_recall(
     A sample lies in the mode of its class with the highest posterior at t_min. Modes with fewer than `least` samples of
     the reference, which guidance has emptied, are left out: to find them would be chance. None where no mode is left.
     """
-    visited, held = _found(mixture, process, x, reference, labels, least)
-    return float(np.mean(held[visited])) if visited.any() else None
-
-
-def _found(
-    mixture: Mixture, process: Process, x: Array, reference: Array, labels: Array, least: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
-    """Modes that the reference visits, and those that x holds a fifth as much of as it: bool [K] both."""
 
     def held(x: Array) -> np.ndarray:
         mode = jnp.argmax(mixture.responsibilities(process, x, process.t_min, labels), axis=1)
         return np.bincount(np.asarray(mode), minlength=mixture.K)
 
     there = held(reference)
-    return there >= least, held(x) > 0.2 * there
+    visited = there >= least
+    return float(np.mean(held(x)[visited] > 0.2 * there[visited])) if visited.any() else None

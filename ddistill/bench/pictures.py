@@ -28,7 +28,11 @@ from ddistill.report.page import Drawn, Motion, Sheet
 
 LOST = "#c8102e"
 _JUDGED = 2000  # samples by which the teacher's lost modes are known: a mode of 1 % holds twenty of them
-_STEPS = (1, 2, 4, 8, 35)
+_TEACHERS = (
+    ("teacher/dpmpp_2m, 35 steps", dpmpp_2m, (35,)),  # first: what students are compared with unless told otherwise
+    ("teacher/dpmpp_2m", dpmpp_2m, (1, 2, 4, 8)),
+    ("teacher/euler", euler, (8,)),
+)
 _COLUMNS = 6
 
 
@@ -59,7 +63,7 @@ def shown(name: str, rows: Sequence[Row], keep: Path | None) -> Shown:
     noise = process.prior(jax.random.key(7), (10_000, mixture.d))[:_JUDGED]  # that of `bench.exact.problem`
     by = judge(mixture, _JUDGED)
     drawn = [Drawn("exact samples", "reference", {0: Sheet(view(mixture.sample(jax.random.key(3), n)))})]
-    for label, integrator, steps in (("teacher/dpmpp_2m", dpmpp_2m, _STEPS), ("teacher/euler", euler, (8,))):
+    for label, integrator, steps in _TEACHERS:
         nodes = {k: jnp.asarray(grids.karras(process, k)) for k in steps}
         solve = {k: integrator(teacher.bind(), process, grid, noise).x for k, grid in nodes.items()}
         sheets = {k: Sheet(view(x[:n]), np.flatnonzero(~by.found(x)).tolist()) for k, x in solve.items()}
@@ -123,11 +127,12 @@ def save(path: Path, name: str, rows: Sequence[Row], keep: Path | None) -> None:
 
 
 def _panels(parts: Shown) -> list[tuple[str, str, Sheet]]:
-    """(name, what of it, sheet): the exact samples, the teacher with few calls and with many, students with fewest."""
+    """(name, what of it, sheet): the exact samples, the teacher with many and with few calls, students with fewest."""
     panels = []
     for one in parts.drawn:
-        steps = [4, 35] if one.label == "teacher/dpmpp_2m" else [8] if one.kind == "teacher" else [min(one.sheets)]
-        panels += [(one.label, f"{k} step{'s' * (k != 1)}" if k else "", one.sheets[k]) for k in steps]
+        k = 4 if one.kind == "teacher" and 4 in one.sheets else min(one.sheets)
+        what = f"{k} step{'s' * (k != 1)}" if k else ""
+        panels.append((one.label.partition(",")[0], what, one.sheets[k]))
     return panels
 
 

@@ -51,7 +51,7 @@ def report(command: Report) -> None:
     flags = [] if command.steps == Report.steps else ["--steps", *map(str, command.steps)]
     flags += [] if command.seed == Report.seed else ["--seed", str(command.seed)]
     page = Page(
-        command.title or _title(found, files),
+        command.title or _title(found, groups),
         groups,
         [Run(run.name, facts_of(run), commands(run), run.config, run.curves) for run in found],
         failed,
@@ -106,14 +106,23 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _title(found: Sequence[Found], files: Sequence[Path]) -> str:
-    if not found:
-        return "Exact teachers" if any("exact" in path.stem for path in files) else "Distillation report"
-    return "Distillation report" if len(found) > 1 else found[0].name
+def _title(found: Sequence[Found], groups: Sequence[Group]) -> str:
+    if len(found) == 1:
+        return found[0].name
+    return "Exact teachers" if not found and all(g.tables and _exact(g) for g in groups) else "Distillation report"
+
+
+def _exact(group: Group) -> bool:
+    return any(column.name == "sw2" for column in group.tables[0].columns)
 
 
 def _words(found: Sequence[Found], groups: Sequence[Group]) -> str:
-    runs = f"{len(found)} run{'s' * (len(found) != 1)}" if found else ""
+    if not found:
+        students = {line.label for g in groups for t in g.tables for line in t.lines if line.kind == "student"}
+        return f"{_counted(len(students), 'student')} on {', '.join(g.title for g in groups)}."
     teachers = len({run.teacher for run in found})
-    of = f" of {teachers} teacher{'s' * (teachers != 1)}" if found else ""
-    return f"{runs}{of}, sampled from the same noise." if found else ""
+    return f"{_counted(len(found), 'run')} of {_counted(teachers, 'teacher')}, sampled from the same noise."
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"

@@ -256,7 +256,7 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
         drawn = [*references, *(dataclasses.replace(d, label=label) for label, d in {**teachers, **students}.items())]
         paths = {(of(r.teacher, m.label) if m.kind == "teacher" else r.name): m for r, s in there for m in s.motions}
         words = "" if named else (
-            "Not evaluated: `ddistill evaluate RUN --json RUN/evaluate.json` adds a table and its plots."
+            "No results in the runs' folders: ddistill evaluate RUN --json RUN/evaluate.json adds a table and plots."
         )  # fmt: skip
         title = str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower()
         titles[title] = titles.get(title, 0) + 1

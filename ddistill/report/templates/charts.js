@@ -112,7 +112,7 @@ function qualityPlot(figure, group) {
       }
     }
     figure.querySelector(".note").textContent = leftOut ? `${leftOut} point${leftOut > 1 ? "s" : ""} far from all students left out.` : "";
-    if (cost) spec.encoding.x.axis = { values: ticks(points.map((p) => p.x)), format: "d", grid: false };
+    if (cost) spec.encoding.x.axis = { values: ticks(points), format: "d", grid: false };
     spec.description = `${y.title} against ${x ? x.title : "network calls"}: ${points.length} points`;
     return draw(box, spec, points);
   };
@@ -120,10 +120,13 @@ function qualityPlot(figure, group) {
   whenNear(figure, () => { update(); document.addEventListener("shown", update); });
 }
 
-// Ticks at the costs themselves, as far as they are apart.
-function ticks(values) {
-  const kept = [];
-  for (const v of [...new Set(values)].sort((a, b) => a - b)) if (!kept.length || v >= 1.35 * kept.at(-1)) kept.push(v);
+// Ticks at the costs themselves, the students' first, and others as far as they are apart from these.
+function ticks(points) {
+  const kept = [], apart = (a, b) => Math.max(a, b) >= 1.35 * Math.min(a, b);
+  for (const students of [true, false]) {
+    const costs = points.filter((p) => (p.kind === "student") === students).map((p) => p.x);
+    for (const v of [...new Set(costs)].sort((a, b) => a - b)) if (kept.every((w) => apart(v, w))) kept.push(v);
+  }
   return kept;
 }
 

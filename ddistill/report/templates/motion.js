@@ -1,6 +1,8 @@
 // Paths from the noise to the data in two dimensions, at a time that a slider or the clock sets.
 const CALM = window.matchMedia("(prefers-reduced-motion: reduce)");
 
+const stepsOf = (n) => `${n} step${n === 1 ? "" : "s"}`;
+
 // Where path i is when so much of the noise is left: straight between the sampler's own times.
 function placeAt(motion, xy, i, left) {
   const times = motion.noise, n = motion.n;
@@ -54,8 +56,8 @@ function motionView(root, group) {
       const motion = chosen[i], canvas = side.querySelector("canvas");
       if (!motion) return;
       const steps = motion.noise.length - 1;
-      canvas.setAttribute("aria-label", `${motion.n} paths of ${motion.label} in ${calls(steps)}, ${output.textContent}`);
-      side.querySelector("figcaption").replaceChildren(element("b", {}, motion.label), calls(steps));
+      canvas.setAttribute("aria-label", `${motion.n} paths of ${motion.label} in ${stepsOf(steps)}, ${output.textContent}`);
+      side.querySelector("figcaption").replaceChildren(element("b", {}, motion.label), stepsOf(steps));
       canvas.draw = () => paintMotion(canvas, group, motion, 1 - slider.value / 1000);
       canvas.draw();
     });
