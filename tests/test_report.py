@@ -196,7 +196,19 @@ def test_plots_draw_a_mark_for_every_point(name):
 
 def test_rows_of_an_evaluation_become_columns_in_a_fixed_order_and_teachers_are_told_once():
     rows = [
-        ("a", {"sampler": "student", "nfe": 1, "recall": 0.5, "fid": 3.0, "odd_one": 2, "seed": 4, "flag": True}),
+        (
+            "a",
+            {
+                "sampler": "student",
+                "nfe": 1,
+                "recall": 0.5,
+                "fid": 3.0,
+                "fid_std": 0.5,
+                "odd_one": 2,
+                "seed": 4,
+                "flag": True,
+            },
+        ),
         (None, {"sampler": "teacher, Heun", "nfe": 35, "recall": 0.9, "fid": float("nan")}),
         (None, {"sampler": "teacher, Heun", "nfe": 35, "recall": 0.1}),
         (None, {"sampler": "held-out", "nfe": None, "recall": 1.0}),
@@ -211,6 +223,7 @@ def test_rows_of_an_evaluation_become_columns_in_a_fixed_order_and_teachers_are_
         {"recall": 0.9},
         {"recall": 0.5, "fid": 3.0, "odd_one": 2.0},
     ]
+    assert made.lines[2].spread == {"fid": 0.5}
     assert columns_of([]) == [] and next(iter(MEASURES)) == "fid"
 
 

@@ -31,7 +31,7 @@ MEASURES = {
         Column("cmmd", "CMMD", ".3f", -1),
         Column("clip_score", "CLIP", ".2f", 1, "CLIP score"),
         Column("fd_dinov2", "FD-DINOv2", ".1f", -1),
-        Column("lpips", "LPIPS", ".3f", 0),
+        Column("lpips", "LPIPS", ".3f", 1, "mean distance between images of one condition"),
         Column("nll", "bits/pixel", ".3f", 0, "likelihood under the teacher"),
         Column("images_per_s", "images/s", ".4g", 1),
         Column("ms_per_image", "ms/image", ".3f", -1),
@@ -40,12 +40,13 @@ MEASURES = {
 }
 """Measures that are known, by their key in a row, in the order of a table's columns."""
 
-_NO_MEASURES = {"nfe", "steps", "seed", "samples", "count", "w", "wall_s", "floor_sw2"}
+_NO_MEASURES = {"nfe", "steps", "seed", "samples", "count", "w", "wall_s", "compile_s", "decode_s", "floor_sw2"}
+_SPREAD = "_std"  # kid_std is the standard deviation of kid
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """Columns for all numbers in the rows: known measures in their order, then others under their own names."""
-    there = dict.fromkeys(k for row in rows for k, v in row.items() if _number(v) is not None and k not in _NO_MEASURES)
+    there = dict.fromkeys(k for row in rows for k in _numbers(row) if not k.endswith(_SPREAD))
     known = [column for name, column in MEASURES.items() if name in there]
     return [*known, *(Column(name, name.replace("_", " "), ".4g") for name in there if name not in MEASURES)]
 
@@ -65,8 +66,10 @@ def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = ""
                 continue
             seen.add((label, nfe))
         kind: Kind = "student" if run is not None else "reference" if nfe is None else "teacher"
-        values = {k: n for k, v in row.items() if k not in _NO_MEASURES and (n := _number(v)) is not None}
-        lines.append(Line(label, kind, None if nfe is None else int(nfe), values))
+        numbers = _numbers(row)
+        spread = {k.removesuffix(_SPREAD): v for k, v in numbers.items() if k.endswith(_SPREAD)}
+        values = {k: v for k, v in numbers.items() if not k.endswith(_SPREAD)}
+        lines.append(Line(label, kind, None if nfe is None else int(nfe), values, spread))
     order = {"reference": 0, "teacher": 1, "student": 2}
     return Table("", columns_of([row for _, row in named]), sorted(lines, key=lambda line: order[line.kind]), words)
 
@@ -74,6 +77,10 @@ def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = ""
 def is_student(row: Mapping[str, Any]) -> bool:
     """Whether a row of an evaluation is of a student, and not of the teacher or the data."""
     return str(row.get("sampler", "")).startswith("student") or row.get("train_s") is not None
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: n for k, v in row.items() if k not in _NO_MEASURES and (n := _number(v)) is not None}
 
 
 def _number(value: Any) -> float | None:
