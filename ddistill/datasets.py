@@ -14,8 +14,8 @@ from ddistill.config import Data
 from ddistill.data.images import Crop, Pictures, cache_folder, folder_images, tar_images
 from ddistill.data.latents import Encoded, encode, open_latents
 from ddistill.data.loading import Items, Readable
-from ddistill.data.records import digest_of
 from ddistill.data.rows import Rows, array_rows
+from ddistill.digests import digest_of
 from ddistill.hub.autoencoders import Autoencoder, load_autoencoder
 from ddistill.hub.configs import read_json
 from ddistill.networks.conditions import Prompt

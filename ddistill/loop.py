@@ -102,9 +102,9 @@ def fit(
 ) -> State:
     """Train from the state's step to the last of `steps`, on source(step).
 
+    Metrics are read one report late, and batches put on the devices ahead, so that the devices never wait for the host.
     look: is called with a step and its state as often as `pace` shows previews, and after the last step.
 
-    Metrics are read one report late, and batches put on the devices ahead, so that the devices never wait for the host.
     Raises DivergedError as `divergence` says, ValueError if a batch lacks what the method needs, and Stopped, once the
     step is saved, where `stop` asks for it.
     """

@@ -33,10 +33,10 @@ from ddistill.signals import Stop
 from ddistill.stages import Look, Stage, run, stages_of
 from ddistill.version import version
 
-HOW = {
+HOW = frozenset({
     "fsdp", "tensor", "layout", "steps_per_dispatch", "log_every", "checkpoint_every", "divergence", "preview_every",
     "preview_samples", "wandb",
-}  # fmt: skip
+})  # fmt: skip
 """Fields of an experiment that say how it is carried out: a run may go on with other values of them."""
 
 

@@ -40,10 +40,10 @@ class Rule:
     """How arrays are split; one short rule, and exceptions to it. Hashable.
 
     The longest dimension that "fsdp" divides into whole tiles of a TPU, rows before columns, is split over it, and over
-    "tensor" where that divides it too; of matrices in
-    the blocks of a transformer (`COLUMNS`, `ROWS`) "tensor" takes the outputs or the inputs, and "fsdp" the other. The
-    axis that counts the blocks of a stack is never split: one block of it would be on one device alone. Arrays of fewer
-    than `smallest` elements, of a stack those of one block, are on every device.
+    "tensor" where that divides it too; of matrices in the blocks of a transformer (`COLUMNS`, `ROWS`) "tensor" takes
+    the outputs or the inputs, and "fsdp" the other. The axis that counts the blocks of a stack is never split: one
+    block of it would be on one device alone. Arrays of fewer than `smallest` elements, of a stack those of one block,
+    are on every device.
 
     exceptions: pairs of a shell pattern of the end of a path ("attn1.to_q.kernel", "*.kernel") and the axes of each
     dimension, of a stack those of one block; the first that matches an array of so many dimensions holds. Use `rule_of`

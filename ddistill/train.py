@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from ddistill import sharding
 from ddistill.gathering import Place
-from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Nets, Progress, Space
+from ddistill.methods.base import UNKNOWN, Batch, Method, Metrics, Progress, Space
+from ddistill.methods.sharing import Nets
 from ddistill.net import Net, laid_out
 
 PyTree = Any

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ddistill.hub.features import Features, digest_of
+from ddistill.digests import digest_of
+from ddistill.hub.features import Features
 from ddistill.networks.preprocess import Preprocessing, Resampling
 
 

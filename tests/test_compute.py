@@ -13,8 +13,9 @@ from flax import nnx
 
 from ddistill.config import Imported
 from ddistill.integrators import euler
-from ddistill.methods import DMD, GAN, Consistency
-from ddistill.methods.base import Nets, Space, once
+from ddistill.methods import ADD, DMD, GAN, Consistency
+from ddistill.methods.base import Space
+from ddistill.methods.sharing import Nets, once
 from ddistill.net import EDMPrecondition, from_nnx, split
 from ddistill.networks.dit import DiT, DiTConfig
 from ddistill.networks.edm import SongUNet, SongUNetConfig
@@ -89,17 +90,18 @@ def test_what_is_computed_once_is_differentiated_by_its_own_network_and_by_no_ot
     assert once({"a": 1}, "a", jax.random.key(0), lambda: 5) == 5
 
 
-def test_a_discriminator_sees_the_samples_of_the_students_own_loss():
-    calls, gan = [], GAN()
-    method = gan(edm())
-    original = type(gan).fakes
+@pytest.mark.parametrize("config", [GAN(), ADD()], ids=["gan", "add"])
+def test_a_discriminator_sees_the_samples_of_the_students_own_loss(config):
+    calls = []
+    method = config(edm())
+    original = GAN._drawn
 
-    def fakes(self, process, student, batch, key):
+    def drawn(self, process, student, batch, key):
         calls.append(1)
         return original(self, process, student, batch, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(gan), "fakes", fakes)
+        patch.setattr(GAN, "_drawn", drawn)
         teacher = jax.eval_shape(lambda: from_nnx(song(), edm(), EDMPrecondition()))
         trainer = make_trainer(method, dict.fromkeys(method.losses, optax.adam(1e-3)))
         key = jax.eval_shape(lambda: jax.random.key(0))

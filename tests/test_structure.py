@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput"},
+    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput", "digests"},
     {"gathering", "hosts", "storage"},
     {"seals", "divergence"},
     {"checkpoint", "log"},

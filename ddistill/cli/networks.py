@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddistill.config import Data
-from ddistill.data.records import digest_of
+from ddistill.digests import digest_of
 from ddistill.evaluate.quality import Conditions, labels_in_turn
 from ddistill.evaluate.seen import part_of_process
 from ddistill.evaluate.statistics import identity

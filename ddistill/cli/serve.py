@@ -152,7 +152,7 @@ def page(opened: Opened, *, most: int, most_steps: int, models: Path | None = No
             n = gradio.Slider(1, most, min(16, most), step=1, label="samples")
             seed = gradio.Number(0, precision=0, label="seed")
         with gradio.Row():
-            gamma = gradio.Slider(0, max(1, sampling.gamma), sampling.gamma, label="gamma")
+            gamma = gradio.Slider(0, 1, sampling.gamma, label="gamma")
             guidance = gradio.Number(sampling.guidance or 1.0, label="guidance", visible=scaled)
             labels = ["all", *map(str, range(data.num_classes))]
             label = gradio.Dropdown(labels, value="all", label="class", visible=data.num_classes > 0 and not prompts)
@@ -174,10 +174,8 @@ def launch(blocks: Any, host: str, port: int | None, *, wait: bool) -> str:
     """Serve the page; answers its address, or with `wait` returns when it is stopped."""
     import gradio
 
-    fonts: dict[str, Any] = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["monospace"],
-    }  # those of gradio come from Google
+    # Gradio's own come from Google.
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     theme = gradio.themes.Default(**fonts)
     at: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "quiet": True}
     if "theme" in gradio.Blocks.launch.__code__.co_varnames:  # since version 6

@@ -18,8 +18,8 @@ from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts
 from ddistill.cli.output import cell, say, screen
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
 from ddistill.config import Imported, PairsData
-from ddistill.data.records import digest_of
 from ddistill.datasets import LatentFolder
+from ddistill.digests import digest_of
 from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of, real_variety
 from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, is_images, to_bytes
 from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler

@@ -11,7 +11,8 @@ from jax import Array
 
 from ddistill.data.arrays import ArraySource, Source
 from ddistill.data.pairs import at_least_one, gathered, pair_maker
-from ddistill.data.records import Kind, Records, digest_of, open_records, write_records
+from ddistill.data.records import Kind, Records, open_records, write_records
+from ddistill.digests import digest_of
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.overrides import describe, differences

@@ -188,18 +188,6 @@ def expected(i: int, count: int, shard_size: int) -> int:
     return min(shard_size, count - i * shard_size)
 
 
-def digest_of(tree: Any) -> str:
-    """A digest of all arrays of a tree, by name."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
 @functools.lru_cache(maxsize=256)  # every open shard takes a file descriptor
 def _mapped(path: Path) -> np.ndarray:
     return _load(path)

@@ -6,7 +6,6 @@
 A file is safetensors or of torch.save; nothing is downloaded, and no code in a file runs.
 """
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ddistill import sharding
+from ddistill.digests import digest_of
 from ddistill.hub.pickles import checkpoint_tensors
 from ddistill.hub.tensors import open_tensors
 from ddistill.hub.vision import vision_params
@@ -47,7 +47,7 @@ NETWORKS: Mapping[str, Network] = {InceptionConfig().name: InceptionConfig(), **
 class Features:
     """A network with its weights and the preprocessing of its images: data, so that jitted code takes it as it is.
 
-    name: of the network. digest: of its weights, 32 hexadecimal digits, the same whichever file they came from.
+    name: of the network. digest: of its weights in float32, the same whichever file they came from.
     Statistics compare where name, digest and the preprocessing's name agree.
     """
 
@@ -140,13 +140,14 @@ def random_lpips(network: ConvolutionsConfig, *, size: int | None = None, seed: 
     return _lpips(network, {path: _random(path, leaf, seed) for path, leaf in shapes.items()}, heads, size, "float32")
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)  # two of them are equal only as one object: arrays have no hash
 class Maps:
     """Convolutions with their weights, a function from normalised images [B, H, W, 3] to maps [B, h, w, C]."""
 
-    network: ConvolutionsConfig
+    network: ConvolutionsConfig = field(metadata={"static": True})
     params: Mapping[str, Array]
-    dtype: str = "float32"
+    dtype: str = field(default="float32", metadata={"static": True})
 
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """[B, H, W, 3] -> the maps of the layers that are seen."""
@@ -188,14 +189,9 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def digest_of(params: Mapping[str, Any]) -> str:
-    """The first 32 hexadecimal digits of SHA-256 over the paths, shapes and float32 values of parameters."""
-    total = hashlib.sha256()
-    for path in sorted(params):
-        array = np.ascontiguousarray(params[path], np.float32)
-        total.update(f"{path} {list(array.shape)}\n".encode())
-        total.update(array.data)
-    return total.hexdigest()[:32]
+def float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Parameters by path as float32: what digests of weights are taken of, whichever type a file had."""
+    return {path: np.asarray(array, np.float32) for path, array in params.items()}
 
 
 @lru_cache(maxsize=16)
@@ -209,7 +205,7 @@ def _definition(network: Network | ConvolutionsConfig, dtype: np.dtype) -> tuple
 def _features(network: Network, code: Definition, params: Mapping[str, Any], given: Preprocessing | None) -> Features:
     preprocessing = _reference(network) if given is None else given
     arrays = {path: jnp.asarray(params[path]) for path in params}
-    return Features(arrays, code, preprocessing, network.name, digest_of(params))
+    return Features(arrays, code, preprocessing, network.name, digest_of(float32(params)))
 
 
 def _random(path: str, leaf: Any, seed: int) -> np.ndarray:

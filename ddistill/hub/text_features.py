@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ddistill.hub.features import digest_of, read_tensors
+from ddistill.digests import digest_of
+from ddistill.hub.features import float32, read_tensors
 from ddistill.hub.tokenizer import Tokenizer, open_tokenizer
 from ddistill.hub.weights import params_from
 from ddistill.net import Definition, split
@@ -24,7 +25,7 @@ from ddistill.networks.vit import ViTConfig
 class TextFeatures:
     """The text encoder that belongs to a CLIP's image encoder, with its tokenizer.
 
-    name: of the image encoder. digest: of these weights (`digest_of`).
+    name: of the image encoder. digest: of these weights in float32.
     """
 
     tokenizer: Tokenizer
@@ -73,7 +74,11 @@ def load_text_features(
     shapes, _, code = split(nnx.eval_shape(lambda: CLIPTextModelWithProjection(config, rngs=rngs_of(0))))
     params = params_from(_texts_own(read_tensors(path)), shapes)
     return TextFeatures(
-        known, {name: jnp.asarray(array) for name, array in params.items()}, code, images.name, digest_of(params)
+        known,
+        {name: jnp.asarray(array) for name, array in params.items()},
+        code,
+        images.name,
+        digest_of(float32(params)),
     )
 
 

@@ -65,7 +65,7 @@ class ADD:
 
         def loss(nets, batch, progress, key):
             cond = batch.get("cond")
-            x, tau, k_left = gan.fakes(process, nets["student"], batch, key)
+            x, tau, k_left = gan.fakes(process, nets, batch, key)
             adversarial = self.adversary.generator(process, nets, x, cond, k_left, tau)
             distillation = self.distillation(process, nets["teacher"], x, cond, jax.random.fold_in(k_left, 1))
             total = adversarial + self.distill * distillation

@@ -35,31 +35,6 @@ Decay = float | Callable[[Progress], Array]
 """How much of an average stays at a step; a number in [0, 1), or one that depends on the progress."""
 
 
-class Nets(dict[str, Net]):
-    """The networks that a loss sees, by name; `learner` is the one whose loss it is, `made` what `once` keeps."""
-
-    def __init__(self, nets: Mapping[str, Net], learner: str, made: dict[Any, Any]):
-        super().__init__(nets)
-        self.learner, self.made = learner, made
-
-
-def once(nets: Mapping[str, Net], of: str, key: Array, make: Callable[[], Any]) -> Any:
-    """make(), a pytree that the network `of` computes with the key: once for all losses of a step.
-
-    make: a function of one place in the code, which several losses reach; two methods in one step make other things of
-    the same key. The loss of that network, the first of a method's, differentiates it; the others see its value.
-    Compilers find such work done twice where it is written the same way twice, but not across the scans of networks of
-    stacked blocks.
-    """
-    if not isinstance(nets, Nets):
-        return make()
-    at = of, id(key), make.__code__  # the key is kept, and so is its number
-    if nets.learner == of:
-        nets.made[at] = key, make()
-        return nets.made[at][1]
-    return jax.tree.map(jax.lax.stop_gradient, nets.made[at][1]) if at in nets.made else make()
-
-
 Loss = Callable[[Mapping[str, Net], Batch, Progress, Array], tuple[Array, Metrics]]
 """loss(nets, batch, progress, key) -> (scalar, metrics), differentiated by the network it is named after."""
 

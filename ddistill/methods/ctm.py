@@ -14,6 +14,7 @@ from ddistill.losses.times import LogNormal, TimeLaw, bounded_rho, karras_time
 from ddistill.losses.weightings import EDMWeight, Weighting
 from ddistill.methods.adversarial import Adversary, balance
 from ddistill.methods.base import Init, Loss, Method, Sampling, from_teacher
+from ddistill.methods.sharing import once
 from ddistill.net import frozen
 from ddistill.process import Process, expand
 
@@ -86,7 +87,7 @@ class CTM:
         target, adversary = "target" if self.target_ema else "student", self.adversary
 
         def estimates(nets, batch, key):
-            """x_t, the solver's nodes and s; and the left side's samples as a function of the student."""
+            """x_t, the solver's nodes and s; the left side's samples as a function of the student, and its own."""
             x0, cond = batch["x"], batch.get("cond")
             k_times, k_noise, k_net, k_dsm, k_gan = jax.random.split(key, 5)
             outer = frozen(nets[target])
@@ -97,19 +98,23 @@ class CTM:
                 x_s = student.jump(process, x_t, nodes[0], s, cond, key=k_net)
                 return outer.jump(process, x_s, s, jnp.zeros_like(s), cond, key=k_net)
 
-            return x_t, nodes, s, estimate, (k_net, k_dsm, k_gan)
+            samples = once(nets, "student", key, lambda: estimate(nets["student"]))
+            return x_t, nodes, s, estimate, samples, (k_net, k_dsm, k_gan)
 
         def loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
-            x_t, nodes, s, estimate, (k_net, k_dsm, k_gan) = estimates(nets, batch, key)
+            x_t, nodes, s, estimate, samples, (k_net, k_dsm, k_gan) = estimates(nets, batch, key)
             outer, t, u = frozen(nets[target]), nodes[0], nodes[-1]
             x_u = self.solver(nets["teacher"].bind(cond), process, nodes, x_t).x
             goal = outer.jump(process, x_u, u, s, cond, key=k_net)
             goal = jax.lax.stop_gradient(outer.jump(process, goal, s, jnp.zeros_like(s), cond, key=k_net))
             weight = 1 / bounded_rho(process, t) if self.weighted else 1.0
 
+            def matching(samples):
+                return jnp.mean(weight * self.distance(samples, goal))
+
             def ctm(student):
-                return jnp.mean(weight * self.distance(estimate(student), goal))
+                return matching(estimate(student))
 
             def dsm(student):
                 k_t, k_noise, k_net = jax.random.split(k_dsm, 3)
@@ -120,17 +125,20 @@ class CTM:
                 return jnp.mean(expand(self.dsm_weighting(process, t), x) * error)
 
             student = nets["student"]
-            l_ctm, l_dsm = ctm(student), dsm(student)
+            l_ctm, l_dsm = matching(samples), dsm(student)
             share = jnp.asarray(self.dsm) if self.dsm is not None else balance(ctm, dsm, student, self.last_layer)
             total, metrics = l_ctm + share * l_dsm, {"ctm": l_ctm, "dsm": l_dsm, "dsm_weight": share}
             if adversary is not None:
 
+                def against(samples):
+                    return adversary.generator(process, nets, samples, cond, k_gan)
+
                 def gan(student):
-                    return adversary.generator(process, nets, estimate(student), cond, k_gan)
+                    return against(estimate(student))
 
                 adaptive = jnp.clip(balance(ctm, gan, student, self.last_layer), 0.01, 10.0)
                 heard = jnp.where(progress.share < self.adversary_from, 0.0, self.adversary_weight * adaptive)
-                metrics |= {"gan": gan(student), "gan_weight": heard}
+                metrics |= {"gan": against(samples), "gan_weight": heard}
                 total = total + heard * metrics["gan"]
             return total, metrics
 
@@ -139,9 +147,8 @@ class CTM:
         if adversary is not None:
 
             def discriminator(nets, batch, progress, key):
-                *_, estimate, (_, _, k_gan) = estimates(nets, batch, key)
-                fake = estimate(nets["student"])
-                return adversary.discriminator(process, nets, batch["x"], fake, batch.get("cond"), k_gan)
+                *_, samples, (_, _, k_gan) = estimates(nets, batch, key)
+                return adversary.discriminator(process, nets, batch["x"], samples, batch.get("cond"), k_gan)
 
             losses["discriminator"], init["discriminator"] = discriminator, adversary.start(process)
 

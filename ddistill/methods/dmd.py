@@ -8,10 +8,11 @@ from jax import Array
 
 from ddistill.losses.score import DirectionWeight, Normalised, directed, divergence_gradient
 from ddistill.losses.times import Descending, TimeLaw, law_at
-from ddistill.methods.base import Method, Sampling, from_teacher, once
+from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import renoising_times
 from ddistill.methods.fake_scores import Auxiliary, Drawn, Fake, MultiSample
 from ddistill.methods.kd import KD
+from ddistill.methods.sharing import once
 from ddistill.methods.together import Together
 from ddistill.net import Net, frozen
 from ddistill.process import Process, expand

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddistill.methods.adversarial import Adversary
-from ddistill.methods.base import Method, Sampling, from_teacher, once
+from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import renoising_times
+from ddistill.methods.sharing import once
 from ddistill.net import Net
 from ddistill.process import Process
 
@@ -36,15 +37,12 @@ class GAN:
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
 
-        def drawn(nets, batch, key) -> tuple[Array, Array, Array]:
-            return once(nets, "student", key, lambda: self.fakes(process, nets["student"], batch, key))
-
         def student(nets, batch, progress, key):
-            fake, origin, k_gan = drawn(nets, batch, key)
+            fake, origin, k_gan = self.fakes(process, nets, batch, key)
             return self.adversary.generator(process, nets, fake, batch.get("cond"), k_gan, origin), {}
 
         def discriminator(nets, batch, progress, key):
-            fake, origin, k_gan = drawn(nets, batch, key)
+            fake, origin, k_gan = self.fakes(process, nets, batch, key)
             return self.adversary.discriminator(process, nets, batch["x"], fake, batch.get("cond"), k_gan, origin)
 
         return Method(
@@ -58,8 +56,13 @@ class GAN:
             sampling=Sampling(lambda steps: self.times(process, steps), gamma=1.0),
         )
 
-    def fakes(self, process: Process, student: Net, batch: Mapping[str, Any], key: Array) -> tuple[Array, Array, Array]:
-        """x̂ [B, ...], τ [B] and a key that is left; the same for all losses of a step."""
+    def fakes(
+        self, process: Process, nets: Mapping[str, Net], batch: Mapping[str, Any], key: Array
+    ) -> tuple[Array, Array, Array]:
+        """x̂ [B, ...], τ [B] and a key that is left; the same for all losses of a step, and computed once."""
+        return once(nets, "student", key, lambda: self._drawn(process, nets["student"], batch, key))
+
+    def _drawn(self, process: Process, student: Net, batch: Mapping[str, Any], key: Array) -> tuple[Array, ...]:
         k_first, k_other, k_noise, k_net, k_left = jax.random.split(key, 5)
         x0, nodes = batch["x"], renoising_times(process, self.steps, self.inner)[:-1]
         other = jax.random.randint(k_other, x0.shape[:1], 1, max(self.steps, 2)) % self.steps

@@ -150,7 +150,7 @@ def analysed(experiment: Experiment, chips: int, seen: Traced, *, flash: bool = 
 def uses_tensor(built: list[Built]) -> bool:
     """Whether any matrix of the networks is one that "tensor" splits; else its devices do the same work."""
     two = sharding.abstract_mesh(2, 1, 2)
-    nets = ((placed(part.nets["teacher"], two, part.trainer.rule)) for part in built)
+    nets = (placed(part.nets["teacher"], two, part.trainer.rule) for part in built)
     return any("tensor" in leaf.sharding.spec for net in nets for leaf in jax.tree.leaves(net))
 
 

@@ -61,9 +61,9 @@ def candidates(experiment: Experiment, pod: Pod, *, most: int = 64, keep_batch: 
         if memory <= pod.chip.usable:
             found.append(Candidate(changes, changes["batch_size"], *_seconds(rows, pod), memory))
     if not found:
-        what = "that splits the batch" if least == float("inf") else f": the least is {least / GIB:.1f} GiB"
+        what = " that splits the batch" if least == float("inf") else f": the least is {least / GIB:.1f} GiB"
         raise ValueError(
-            f"{experiment.name} has no layout on {pod.topology} {what}; {pod.chip.name} gives a program "
+            f"{experiment.name} has no layout on {pod.topology}{what}; {pod.chip.name} gives a program "
             f"{pod.chip.usable / GIB:.2f} GiB. Take more chips, larger ones, or a smaller network"
         )
     best = min(c.per_image for c in found)
