@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_flags_out_of_range(flags, capsys):
 
 
 def test_without_gradio_words_say_what_to_install(opened, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install 'ddistill\[serve\]'"):
         page(opened, most=4, most_steps=4)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import stats
+from scipy.special import gammaincinv
 
 from ddistill.evaluate.metrics import sliced_wasserstein_to
 from ddistill.mixture import Mixture
@@ -109,7 +109,7 @@ def _spread(distance2: np.ndarray, mode: np.ndarray, found: np.ndarray, d: int) 
     For Gaussian samples of c times the width it is c, as with means in place of medians; but a mean would follow the
     few samples that lie between modes, ten widths from either, and hide that the rest has shrunk.
     """
-    widths = [np.sqrt(np.median(distance2[mode == k]) / stats.chi2(d).median()) for k in found]
+    widths = [np.sqrt(np.median(distance2[mode == k]) / (2 * gammaincinv(d / 2, 0.5))) for k in found]
     return float(np.mean(widths)) if widths else None
 
 
