@@ -161,14 +161,14 @@ def main() -> None:
                 json.dump({**about, "rows": [asdict(row) for row in rows]}, file, indent=1)
 
 
-def prepare(device: str) -> None:
-    """Share a GPU's memory between the two libraries; keep both on one CPU core. Before JAX starts."""
+def prepare(device: str, threads: int = 1) -> None:
+    """Share a GPU's memory between the two libraries; keep both to the same CPU cores. Before JAX starts."""
     if device == "gpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _dtype(device: str) -> str:

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from networks import DIT, DIT_XL, clock, flops, matrix_rate, race
+from networks import DIT, DIT_XL, clock, flops, matrix_rate, prepare, race
 
 PASSES = {"consistency": 5, "dmd": 8, "sample 1": 1, "sample 4": 4}
 """Forward passes of the network, a backward pass counted as two."""
@@ -84,6 +84,14 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="file for tables of them, in Markdown")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    known = {
+        "networks": [case.name for case in CASES[given.device]],
+        "parts": ["steps", "devices", "loop"],
+        "against": ["", "eager", "compiled"],
+    }
+    for flag, names in known.items():
+        if unknown := sorted({*getattr(given, flag).split(",")} - {*names}):
+            parser.error(f"--{flag}: no {', '.join(map(repr, unknown))}; there are {', '.join(filter(None, names))}")
     prepare(given.device, given.threads)
     if given.child:
         print(json.dumps(over_devices(given.device, given.child, given.rounds)))
@@ -109,16 +117,6 @@ def main() -> None:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if given.page:
         given.page.write_text(text, encoding="utf-8")
-
-
-def prepare(device: str, threads: int) -> None:
-    """Share a GPU's memory between the two libraries; keep both to the same CPU cores. Before JAX starts."""
-    if device == "gpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def measure(case: Case, device: str, against: list[str], rounds: int, threads: int) -> Iterator[Row]:
