@@ -111,6 +111,8 @@ def test_a_layout_that_fits_nothing_is_told():
         rule_of({"bias": "fsdp"})
     with pytest.raises(ValueError, match="fsdp · tensor = 4 · 3 must divide the number of devices, 8"):
         sharding.make_mesh(4, 3)
+    with pytest.raises(ValueError, match="fsdp = 3 must divide the number of devices, 8"):
+        sharding.make_mesh(3)
 
 
 def test_batches_are_split_over_data_and_fsdp_alone():

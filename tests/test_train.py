@@ -167,19 +167,6 @@ def test_eight_devices_give_the_losses_of_one():
     assert len(losses[0]) == 6 and losses[0][-1] < losses[0][0]
 
 
-def test_large_arrays_are_split_over_fsdp_and_batches_over_all_devices():
-    mesh = sharding.make_mesh(4)
-    tree = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512), "odd": jnp.zeros((301, 303))}
-    specs = {name: tuple(s.spec) for name, s in sharding.state_shardings(mesh, tree).items()}
-    assert specs == {"kernel": ("fsdp", None), "bias": (), "odd": ()}
-    placed = sharding.put_batch(mesh, {"x": np.zeros((16, 3))})["x"]
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
-    with pytest.raises(ValueError, match="batch of 12 does not split over 8 devices"):
-        sharding.put_batch(mesh, {"x": np.zeros((12, 3))})
-    with pytest.raises(ValueError, match="must divide the number of devices, 8"):
-        sharding.make_mesh(3)
-
-
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
     def loss(nets, batch, progress, key):
         del key  # a part draws its own noise, so that only losses without any agree exactly
