@@ -1,9 +1,12 @@
 """The page on which a student is sampled beside its teacher."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_runs import TINY
@@ -40,6 +43,35 @@ def test_student_and_teacher_are_those_of_sample_from_the_same_noise(opened, dra
     assert student.first > student.seconds > 0  # the first call compiled
     again, _ = draw(Asked(steps=2, teacher_steps=3, n=5, seed=5, label=1))
     assert again.first is None and not np.array_equal(again.x, student.x)
+
+
+def test_prompts_are_encoded_by_encoders_that_are_read_once_and_know_the_size_of_pictures(opened, draw, monkeypatch):
+    read, given = [], []
+
+    def encoder(models, side):
+        read.append((models, side))
+        return lambda texts: given.append(texts) or jnp.ones(len(texts), jnp.int32)
+
+    monkeypatch.setattr(served, "prompt_encoder", encoder)
+    data = dataclasses.replace(opened.data, null=0, to_unit=lambda x: np.zeros((len(x), 64, 64, 3)))
+    prompted = drawer(opened._replace(data=data), most=8, most_steps=9, models=Path("pipeline"))
+    for n in (3, 2):
+        student, _ = prompted(Asked(steps=2, n=n, prompt="a cat"))
+        np.testing.assert_array_equal(student.x, draw(Asked(steps=2, n=n, label=1))[0].x)
+    assert read == [(Path("pipeline"), 64)] and given == [["a cat"] * 3, ["a cat"] * 2]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="prompts are encoded by the pipeline .* --models FOLDER"):
+        drawer(opened._replace(data=data), most=8, most_steps=9)
+
+
+def test_latents_are_shown_by_the_autoencoder_that_evaluate_takes(opened, monkeypatch):
+    shown, autoencoder = [], lambda x: np.ones((len(x), 64, 64, 3))
+    monkeypatch.setattr(served, "open_run", lambda folder: opened)
+    monkeypatch.setattr(served, "models_of", lambda opened, given: given)
+    monkeypatch.setattr(served, "decoder", lambda opened, folder: autoencoder if folder == Path("vae") else None)
+    monkeypatch.setattr(served, "page", lambda opened, **options: shown.append(opened.data.to_unit))
+    monkeypatch.setattr(served, "launch", lambda *args, **options: None)
+    assert main(["serve", "run", "--models", "vae"]) == 0 and shown == [autoencoder]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Networks that `ddistill evaluate` is given: those with features, LPIPS, and CLIP's text side with its prompts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,24 @@ def text_embeddings(networks: Networks, prompts: Sequence[str], batch_size: int 
     return np.concatenate([np.asarray(texts(batch)) for batch in batches])
 
 
+def prompt_encoder(models: Path | None, side: int) -> Callable[[Sequence[str]], Prompt]:
+    """What makes conditions of prompts: the encoders of the pipeline in a folder.
+
+    side: of the pictures, for pipelines that are told it. Raises ValueError where there is no folder.
+    """
+    if models is None:
+        raise ValueError("prompts are encoded by the pipeline that the teacher is of: give its folder, --models FOLDER")
+    encoder = open_prompts(models)
+    pipeline = read_json(models / "model_index.json", "the index of a pipeline's parts")["_class_name"]
+    sizes = time_ids((side, side), (0, 0), (side, side)) if pipeline.startswith("StableDiffusionXL") else None
+
+    def encode(texts: Sequence[str]) -> Prompt:
+        prompt = encoder(list(texts), None if sizes is None else jnp.tile(sizes, (len(texts), 1)))
+        return jax.tree.map(np.asarray, prompt)
+
+    return encode
+
+
 def prompt_conditions(
     data: Data, prompts: Sequence[str], models: Path | None, batch_size: int, side: int
 ) -> Conditions:
@@ -116,16 +134,5 @@ def prompt_conditions(
                 f"this run has {what}, and --prompts has {len(prompts)} lines: one for each class is needed"
             )
         return labels_in_turn(data.num_classes, batch_size)
-    if models is None:
-        raise ValueError("prompts are encoded by the pipeline that the teacher is of: give its folder, --models FOLDER")
-    encoder = open_prompts(models)
-    pipeline = read_json(models / "model_index.json", "the index of a pipeline's parts")["_class_name"]
-    sizes = time_ids((side, side), (0, 0), (side, side)) if pipeline.startswith("StableDiffusionXL") else None
-    rows = np.asarray(part_of_process(batch_size))
-
-    def conditions(number: int) -> Prompt:
-        texts = [prompts[i % len(prompts)] for i in number * batch_size + rows]
-        prompt = encoder(texts, None if sizes is None else jnp.tile(sizes, (len(texts), 1)))
-        return jax.tree.map(np.asarray, prompt)
-
-    return conditions
+    encode, rows = prompt_encoder(models, side), np.asarray(part_of_process(batch_size))
+    return lambda number: encode([prompts[i % len(prompts)] for i in number * batch_size + rows])

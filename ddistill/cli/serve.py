@@ -1,5 +1,6 @@
 """`ddistill serve`: a local page on which a student is sampled beside its teacher."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddistill.cli import Serve
-from ddistill.cli.networks import prompt_conditions
+from ddistill.cli.networks import prompt_encoder
 from ddistill.cli.output import say
+from ddistill.cli.study import decoder, models_of
 from ddistill.evaluate.samplers import Sampler, start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m
 from ddistill.methods.base import sampling_of
@@ -46,12 +48,16 @@ def drawer(
 ) -> Callable[[Asked], tuple[Drawn, Drawn]]:
     """What draws the student's and the teacher's samples from the same noise: those of `ddistill sample`.
 
-    most, most_steps: limits of n and of steps. models: the pipeline's folder, where the run has prompts. Raises
-    ValueError, in words, for what is out of range, and for what the student does not serve.
+    most, most_steps: limits of n and of steps. models: the pipeline's folder, where the run has prompts; ValueError
+    where it is missing then. What it answers raises ValueError, in words, for what is out of range, and for what the
+    student does not serve.
     """
     experiment, data = opened.experiment, opened.data
     process = experiment.process
     made = experiment.method(process)
+    encode = None
+    if data.null is not None:
+        encode = prompt_encoder(models, data.to_unit(np.zeros((1, *data.shape), np.float32)).shape[1])
     samplers: dict[tuple, Sampler] = {}
     compiled: set[tuple] = set()
 
@@ -83,15 +89,15 @@ def drawer(
             raise ValueError(f"the seed is {asked.seed}: give a number from 0 to {2**31 - 1}")
         if asked.gamma is not None and not 0 <= asked.gamma <= 1:
             raise ValueError(f"gamma is {asked.gamma}: it lies between 0 (nothing drawn anew) and 1 (all of it)")
+        cond: Any
         noise, cond, rng = start(process, data.shape, data.num_classes, asked.n, asked.seed)
         if asked.label is not None:
             if not 0 <= asked.label < data.num_classes:
                 accepted = f"labels are 0 to {data.num_classes - 1}" if data.num_classes else "this run has no classes"
                 raise ValueError(f"the label is {asked.label}: {accepted}")
             cond = jnp.full(asked.n, asked.label)
-        if data.null is not None:
-            side = data.to_unit(np.zeros((1, *data.shape), np.float32)).shape[1]
-            cond = prompt_conditions(data, [asked.prompt], models, asked.n, side)(0)
+        if encode is not None:
+            cond = encode([asked.prompt] * asked.n)
         own = ("student", asked.steps, asked.gamma, asked.guidance)
         student = kept(
             own, lambda: student_sampler(opened.student, made, process, asked.steps, asked.gamma, asked.guidance)
@@ -190,13 +196,15 @@ def launch(blocks: Any, host: str, port: int | None, *, wait: bool) -> str:
 
 
 def serve(command: Serve) -> None:
-    """Open a run, and serve its page until Ctrl-C."""
+    """Open a run, and serve its page until Ctrl-C. Raises ValueError where samples are latents that nothing decodes."""
     for flag, number in (("most", command.most), ("most-steps", command.most_steps)):
         if number < 1:
             raise ValueError(f"--{flag} {number}: at least 1 is needed")
     if not 0 < command.port < 65536:
         raise ValueError(f"--port {command.port}: give a port from 1 to 65535")
     opened = open_run(command.run)
+    pictures = decoder(opened, models_of(opened, command.models))
+    opened = opened._replace(data=dataclasses.replace(opened.data, to_unit=pictures))
     blocks = page(opened, most=command.most, most_steps=command.most_steps, models=command.models)
     launch(blocks, command.host, command.port, wait=True)
 
