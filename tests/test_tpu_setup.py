@@ -438,7 +438,7 @@ def test_ddistill_takes_what_the_page_for_pods_types(monkeypatch):
     monkeypatch.chdir(ROOT)
     seen = []
     monkeypatch.setattr(cli, "join", lambda peers: None)
-    monkeypatch.setattr(commands, "run", lambda command, flags: seen.append((type(command).__name__, flags)))
+    monkeypatch.setattr(commands, "run", lambda command, flags, *_: seen.append((type(command).__name__, flags)))
     mine = [words for words in typed() if words[0] == "ddistill"]
     for words in mine:
         assert cli.main(words[1:]) == 0, words
