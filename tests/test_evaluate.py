@@ -309,6 +309,17 @@ def test_prompts_are_encoded_in_turn_and_classes_take_one_each(monkeypatch, tmp_
         networks.prompt_conditions(data, ["a"], None, 4, 64)
 
 
+def test_prompts_are_the_lines_of_a_file_which_empty_ones_may_end(tmp_path):
+    file = tmp_path / "prompts.txt"
+    with pytest.raises(FileNotFoundError, match="prompts.txt does not exist: give a file with a prompt in each line"):
+        networks.read_prompts(file)
+    file.write_text("a cat\n\n a dog \n\n \n", encoding="utf-8")
+    assert networks.read_prompts(file) == ["a cat", "", "a dog"]  # no prompt is a prompt
+    file.write_text("\n \n", encoding="utf-8")
+    with pytest.raises(ValueError, match="prompts.txt is empty: give a file"):
+        networks.read_prompts(file)
+
+
 def test_a_guided_student_has_a_guided_teacher_beside_it(monkeypatch):
     experiment = Experiment("noise", KD(), data=Noise(), guidance=2.0)
     opened = Opened(experiment, experiment.data.load(), gaussian(), gaussian())
