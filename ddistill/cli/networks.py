@@ -80,7 +80,10 @@ def open_networks(given: Sequence[str], resize: str) -> Networks:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a file without empty ones at its end. Raises FileNotFoundError or ValueError where there are none."""
+    """The lines of a file without empty ones at its end.
+
+    Raises FileNotFoundError where there is no file, ValueError where it has no lines.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"--prompts {file} does not exist: give a file with a prompt in each line")
     lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
