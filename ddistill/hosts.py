@@ -1,18 +1,31 @@
-"""The processes that run one command together: how they join, which of them writes, what they agree on.
+"""The processes that run one command together: how they join, which writes, what they agree on, how they leave.
 
 Nothing slow is imported until processes are joined.
 """
 
+import contextlib
+import fcntl
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ddistill.launchers import Cluster, Peers, found
 from ddistill.signals import RESTART
+
+PATIENCE = 5.0
+"""Seconds that a process which leaves by itself waits for others that leave as well."""
+
+
+class Busy(RuntimeError):
+    """What this command needs another one has; status is the process's exit status, which asks for a later try."""
+
+    status = RESTART
 
 
 def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
@@ -64,7 +77,7 @@ def first() -> bool:
 
 
 def done_by_first(work: Callable[[], None]) -> None:
-    """Let process 0 do something while the others wait; all raise where it failed: OSError or ValueError, in its words.
+    """Let process 0 do something while the others wait; all raise where it failed, as `checked_by_all`, in its words.
 
     What it wrote before can then be read by all who share the file system.
     """
@@ -76,18 +89,20 @@ def done_by_first(work: Callable[[], None]) -> None:
 def checked_by_all(check: Callable[[], None]) -> None:
     """Call it in all processes, each of which waits for the others and raises what it or the first other one raised.
 
-    OSError stays one, what others raised is ValueError besides, in the same words.
+    OSError and Busy stay what they are, what others raised is ValueError besides, in the same words.
     """
     failure: Exception | None = None
     try:
         check()
     except Exception as error:
         failure = error
-    told = said_by_all("" if failure is None else f"{'O' if isinstance(failure, OSError) else 'V'}{failure}")
+    kinds: dict[str, type[Exception]] = {"O": OSError, "B": Busy, "V": ValueError}
+    kind = next((letter for letter, kind in kinds.items() if isinstance(failure, kind)), "V")
+    told = said_by_all("" if failure is None else f"{kind}{failure}")
     if failure is not None:
         raise failure
     for words in filter(None, told):
-        raise (OSError if words[0] == "O" else ValueError)(words[1:])
+        raise kinds[words[0]](words[1:])
 
 
 def said_by_all(text: str) -> list[str]:
@@ -132,6 +147,66 @@ def leaving_lost_peers() -> Iterator[None]:
         os._exit(RESTART)
 
 
+def leave(stopped: KeyboardInterrupt) -> int:
+    """The exit status of a command that a signal has stopped: 75, or 130 for Ctrl-C.
+
+    Where other processes may not have been told, this one ends here: Python's own end would wait for them, and they for
+    this one. That they see it is gone ends them.
+    """
+    status: int = getattr(stopped, "status", 130)
+    jax = sys.modules.get("jax")  # Ctrl-C may have come before
+    if jax is None or getattr(stopped, "together", False) or not jax.distributed.is_initialized():
+        return status
+
+    def disconnect() -> None:  # when all others do
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+
+    thread = threading.Thread(target=disconnect, name="leave", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@contextmanager
+def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Keep other commands out of a folder on disk while inside, by a lock that ends with the process, however it ends.
+
+    Called by process 0 alone. Commands of another host are not kept out, since a host that is lost may leave its locks
+    on a shared disk: of them `tell` is told in words. Where the disk knows no locks nothing is kept out.
+    Raises Busy where a process of this host is inside, OSError where the folder cannot be written.
+    """
+    here = _host()
+    with (folder / ".lock").open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"{os.getpid()} {here}\n".encode())
+        except BlockingIOError:
+            file.seek(0)
+            pid, _, there = file.read().decode(errors="replace").strip().partition(" ")
+            who = f"another process{f', {pid},' * bool(pid)}"
+            if there in ("", here):
+                raise Busy(
+                    f"{who} is training in {folder}: wait for its end{f' or stop it, kill {pid},' * bool(pid)} and "
+                    "repeat the command, or give another folder"
+                ) from None
+            tell(f"{who} is training in {folder} on another host, unless that is lost: stop one of the two")
+        except OSError:  # no locks, or no room to write who holds this one
+            pass
+        yield
+
+
+def _host() -> str:
+    """What tells a running machine from others, and from itself before it was started anew."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether an error of JAX, or one that it caused, means that the connection to another process broke."""
     import jax
@@ -160,8 +235,10 @@ _LOST = (
 
 def _missing(cluster: Cluster, seconds: int) -> str:
     if cluster.coordinator is None:
-        return f"ddistill: after {seconds} s not all processes of {cluster.name} had started this command: it has to "
-        "run on every host at once"
+        return (
+            f"ddistill: after {seconds} s not all processes of {cluster.name} had started this command: it has to run "
+            "on every host at once"
+        )
     if cluster.process == 0:
         who = f"process 0 waits at {cluster.coordinator} for {(cluster.processes or 1) - 1} others, and not all came"
     else:

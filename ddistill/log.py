@@ -103,7 +103,7 @@ class RunLog:
 
     def __init__(self, directory: Path | str, *, wandb: str = "", name: str = ""):
         self._writes = jax.process_index() == 0
-        self._stage, self._kept = "", -math.inf
+        self._stage = ""
         self._losses: dict[str, float] = {}
         self._seen = ""
         if self._writes:
@@ -134,7 +134,7 @@ class RunLog:
         """Begin a stage at step `first` of `steps`."""
         self._stage, self._first, self._steps = stage, first, steps
         self._losses = {}  # the last ones known were another stage's
-        self._begin = self._told = time.monotonic()
+        self._begin = self._told = self._kept = time.monotonic()
         if self._writes and sys.stderr.isatty():
             from rich.console import Console, Group
             from rich.live import Live
@@ -243,7 +243,7 @@ class RunLog:
             self._line(f"{self._stage}: {done.words()}")
             if self._board is not None:
                 self._board.tell(self._stage, self._spent[0], {"goodput": done.share})
-        self._spent, self._kept = None, -math.inf
+        self._spent = None
 
     def note(self, text: str) -> None:
         """Print the words, in every process, and keep them."""

@@ -183,9 +183,10 @@ def fit(
                 if ends:
                     break
         report()
-        if asked:
+        if asked or stop.signal is not None:  # which may have come while the last step was saved
             kept = "" if checkpoints is None else " and saved"
-            raise Stopped(f"stage {stage!r} is stopped{kept} at step {done} of {steps}", stop.signal)
+            words = f"stage {stage!r} is stopped{kept} at step {done} of {steps}"
+            raise Stopped(words, stop.signal, together=asked)
     finally:
         profile.leave(profile.steps.stop, state)
         log.spent(done, clock.spent())

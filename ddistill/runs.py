@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,8 @@ def distil(
     each step; where it says so the step is saved and Stopped raised. profile: the steps of each stage of which a
     profiler's trace is written to the workdir's profile/.
     workdir: a folder that all processes of the run share, on disk or in a bucket (gs://, s3://).
-    Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written.
+    Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written,
+    hosts.Busy where another command trains in it.
     """
     experiment = resolved(experiment)
     data = experiment.data.load()
@@ -172,16 +173,17 @@ def distil(
     if workdir is None:
         return _run(experiment, data, plan, None, log, stop, profile)
     workdir = storage.folder(workdir)
-    _claim(workdir, experiment, None if source is None else Path(source), overrides)
-    if log is not None:
-        return _run(experiment, data, plan, workdir, log, stop, profile)
-    buffered = storage.remote(workdir) and hosts.first()
-    with storage.mirrored(workdir) if buffered else nullcontext(workdir) as folder, _log_of(experiment, folder) as log:
+    with ExitStack() as held:
+        _claim(workdir, experiment, None if source is None else Path(source), overrides, held)
+        if log is None:
+            buffered = storage.remote(workdir) and hosts.first()
+            folder = held.enter_context(storage.mirrored(workdir)) if buffered else workdir
+            log = held.enter_context(_log_of(experiment, folder))
         return _run(experiment, data, plan, workdir, log, stop, profile)
 
 
 def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opened:
-    """Read a finished run back without training.
+    """Read a finished run back without training; its experiment has a mesh of the devices that are here.
 
     experiment: needed only where the run was started from Python without an experiment file. Raises FileNotFoundError
     where the folder is no run, CheckpointError where the run is unfinished, ValueError where the experiment it was made
@@ -217,7 +219,8 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 f"the run in {workdir} is unfinished: {done} of {stage.steps} steps of stage {stage.name!r} are saved. "
                 "Start it again with the same command to finish it"
             )
-    return Opened(experiment, data, *_run(_fitting(experiment), data, plan, workdir, None, None, None))
+    fitting = _fitting(experiment)
+    return Opened(fitting, data, *_run(fitting, data, plan, workdir, None, None, None))
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
@@ -282,8 +285,13 @@ def _looks(
     return looks_of(data, e.process, plan, mesh, log, e.preview_samples, e.batch_size, e.seed)
 
 
-def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> None:
-    """Make the folder this experiment's, or raise, in all processes, if it is something else's."""
+def _claim(
+    workdir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str], held: ExitStack
+) -> None:
+    """Make the folder this experiment's, or raise, in all processes, if it is something else's.
+
+    On a disk process 0 keeps other commands out of it until `held` is closed; buckets have no locks.
+    """
     now = describe(experiment)
     text = json.dumps({"version": version(), "overrides": list(overrides), "experiment": now}, indent=2) + "\n"
 
@@ -292,13 +300,16 @@ def _claim(workdir: Path, experiment: Experiment, source: Path | None, overrides
             if storage.remote(workdir):
                 storage.retried(lambda: storage.names(workdir), f"reach {workdir}", tell=_say)
             workdir.mkdir(parents=True, exist_ok=True)
-            if _record(workdir) is None:
+            if new := _record(workdir) is None:
                 others = [name for name in storage.names(workdir) if not name.startswith(".")]
                 if others and "experiment.json" not in others:  # which another start may have written just now
                     raise ValueError(
                         f"{workdir} is not empty and is not the folder of a run: it holds {', '.join(others[:5])}"
                         f"{', …' * (len(others) > 5)}. Give a new or an empty folder"
                     )
+            if not storage.remote(workdir):
+                held.enter_context(hosts.alone_in(workdir, _say))
+            if new:
                 storage.put(workdir / "experiment.json", text.encode(), new=True)
             _check_same(workdir, now)
             storage.put(workdir / "experiment.json", text.encode())

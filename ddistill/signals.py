@@ -1,10 +1,11 @@
 """Ctrl-C and SIGTERM in a training: it is saved after the step that it is in, and left."""
 
+import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 RESTART = 75
@@ -12,11 +13,15 @@ RESTART = 75
 
 
 class Stopped(KeyboardInterrupt):
-    """A training that was left because of a signal; status is the process's exit status, 75 for SIGTERM, or 130."""
+    """A training that was left because of a signal; status is the process's exit status, 75 for SIGTERM, or 130.
 
-    def __init__(self, words: str, number: int | None = signal.SIGTERM):
+    together: all processes that JAX connects leave it at the same step.
+    """
+
+    def __init__(self, words: str, number: int | None = signal.SIGTERM, *, together: bool = False):
         super().__init__(words)
         self.status = 130 if number == signal.SIGINT else RESTART
+        self.together = together
 
 
 class Stop:
@@ -60,32 +65,50 @@ class Stop:
 def on_signals() -> Iterator[Stop]:
     """A `Stop` that hears Ctrl-C and SIGTERM until the end of the block; a second one does not wait.
 
-    Where processes are connected JAX hears SIGTERM, and Ctrl-C is passed on to it. In a thread other than the main one
-    nothing is heard.
+    Where processes are connected JAX is told, so that all learn it. In a thread other than the main one nothing is
+    heard.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    connected = _connected()
+    heard = False
 
     def hear(number: int, frame: FrameType | None) -> None:
-        again = stop.signal is not None
+        nonlocal heard
+        again, heard = heard, True
+        # Where another process was told before, this one is leaving with it.
+        waits = tell is not None and (stop.watched or stop.signal is not None)
         stop.request(number)
-        if again or not stop.watched:
+        if again or not waits:
             raise Stopped("stopped at once; what was saved before is there", number)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nStopping after this step, to save it. Once more: at once.\n")
-        if connected:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if tell is not None:
+            tell(signal.SIGTERM)
 
-    heard = (signal.SIGINT,) if connected else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, hear) for number in heard}
-    try:
+    with ExitStack() as kept:
+        tell = kept.enter_context(_handler_of_jax()) if _connected() else lambda number: None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept.callback(signal.signal, number, signal.signal(number, hear))
         yield stop
+
+
+@contextmanager
+def _handler_of_jax() -> Iterator[Callable[[int], object] | None]:
+    """What JAX does at SIGTERM where processes are connected, or None where it does not hear it.
+
+    Python's `signal` neither answers a handler that C++ has set nor puts it back, as this does at the end.
+    """
+    ours = callable(signal.getsignal(signal.SIGTERM))
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    address = library.signal(signal.SIGTERM, None)
+    try:
+        none = ours or (address or signal.SIG_DFL) in (signal.SIG_DFL, signal.SIG_IGN)
+        yield None if none else ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        library.signal(signal.SIGTERM, address)
 
 
 def _connected() -> bool:

@@ -17,13 +17,16 @@ CUT = 25
 
 @dataclass(frozen=True)
 class Plane:
-    """64 points of a plane in two classes."""
+    """64 points of a plane in two classes; the process whose number the environment says is told to leave meanwhile."""
 
     def load(self):
+        import jax
         import numpy as np
 
         from ddistill.config import Data
 
+        if os.environ.get("TOLD_TO_LEAVE") == str(jax.process_index()):
+            os.kill(os.getpid(), signal.SIGTERM)
         x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) / 2
         return Data({"x": x, "cond": (x[:, 0] > 0).astype(np.int32)}, (2,), 2)
 
@@ -130,6 +133,16 @@ def preempted(folder: Path) -> None:
         )  # fmt: skip
 
 
+def told_to_leave(folder: Path) -> int:
+    """The status of a run of which process 1 is told to leave while it loads its data, and process 0 waits for it."""
+    from ddistill.cli import main
+    from ddistill.hosts import said_by_all
+
+    said_by_all("")  # which connects them
+    os.environ["TOLD_TO_LEAVE"] = "1"
+    return main(["distill", __file__, "--workdir", str(folder)])
+
+
 def bucket(folder: Path) -> None:
     """Save a state that the processes share out to s3://, which is a folder here, and restore it."""
     import fsspec
@@ -167,7 +180,7 @@ def bucket(folder: Path) -> None:
 
 
 def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]) -> None:
-    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name, commands, bucket, preempted."""
+    """Join the others, and do the tasks: NAME:METHODS, in a folder of that name, or the others here."""
     from ddistill.hosts import first, join
     from ddistill.launchers import Peers
 
@@ -180,6 +193,8 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
         if task == "bucket":
             bucket(folder / task)
             continue
+        if task == "told":
+            sys.exit(told_to_leave(folder / task))
         if task == "preempted":
             try:
                 preempted(folder / task)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from ddistill import goodput
+from ddistill import log as log_module
 from ddistill.cli import main
 from ddistill.data.loading import prefetched
 from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, Watch, slower
@@ -279,6 +280,20 @@ def test_every_run_tells_where_its_time_went_over_all_its_starts(tmp_path, capsy
     assert [(step, spent["first"]) for step, spent in starts] == [(1, 0), (11, 1)]
     assert all(spent["compile"] > 0 and spent["start"] > 0 for _, spent in starts)
     assert [row["step"] for row in read_metrics(tmp_path)["s"]] == list(range(1, 12))
+
+
+def test_where_time_went_is_written_once_a_minute_and_at_the_end_of_each_stage(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=lambda form: ""))
+    with RunLog(tmp_path) as log:
+        for stage, steps in (("long", 5), ("short", 2)):
+            log.start(stage, 0, steps)
+            for step in range(1, steps + 1):
+                now[0] += 25.0
+                log.spent(step, {"began": now[0] - 25 * step, "first": 0, "steps": 25.0 * step})
+            log.stop()
+    rows = list(map(json.loads, (tmp_path / "metrics.jsonl").open()))
+    assert [(row["stage"], row["step"]) for row in rows] == [("long", 3), ("long", 5), ("short", 2)]
 
 
 def poisoned(bad):

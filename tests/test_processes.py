@@ -1,5 +1,6 @@
 """Several processes train, make pairs and sample as one does, and end together."""
 
+import functools
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from peers import CUT, STEPS, commands, losses
 
-from ddistill import launchers
+from ddistill import hosts, launchers
 from ddistill.data.pair_store import open_pairs
+from ddistill.goodput import read_starts
 from ddistill.hosts import join
 from ddistill.launchers import Cluster, Peers, found
 from ddistill.seals import is_sealed
@@ -87,8 +89,11 @@ def test_commands_in_two_processes_give_what_one_gives(curves, tmp_path):
     assert len(two["x"]) == 20
     for name in ("noise", "x", "path"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5)
-    rows = [(r["stage"], r["step"]) for r in map(json.loads, (folder / "run" / "metrics.jsonl").open()) if "step" in r]
-    assert sorted(set(rows)) == [("student", 1), ("student", 2), ("teacher", 1), ("teacher", 2)]
+    rows = list(map(json.loads, (folder / "run" / "metrics.jsonl").open()))
+    steps = [(row["stage"], row["step"]) for row in rows if "spent" not in row]
+    assert steps == [("teacher", 1), ("teacher", 2), ("student", 1), ("student", 2)]
+    starts = read_starts(folder / "run" / "metrics.jsonl")
+    assert {stage: len(of) for stage, of in starts.items()} == {"teacher": 1, "student": 1}
     assert len(list((folder / "run" / "events").iterdir())) == 1, "one process writes the log"
 
 
@@ -98,6 +103,28 @@ def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_wit
     assert first == second and int(first) >= 10
     (step,) = (path for path in (folder / "preempted" / "checkpoints" / "s").iterdir() if path.is_dir())
     assert step.name == first and is_sealed(step)
+
+
+def test_one_process_that_is_told_while_data_is_loaded_leaves_with_75_and_the_others_as_well(tmp_path):
+    first, second = started(tmp_path, 2, "told", status=75)
+    assert "stopped at once; what was saved before is there. The same command goes on" in second
+    assert "another process of this run is gone" in first
+    assert not (tmp_path / "told" / "checkpoints").exists()
+
+
+def test_what_one_process_raises_all_raise_as_what_it_is(monkeypatch):
+    for letter, kind in (("O", OSError), ("B", hosts.Busy), ("V", ValueError)):
+        said = []
+        monkeypatch.setattr(hosts, "said_by_all", lambda text: said.append(text) or ["", f"{letter}in words"])
+        with pytest.raises(kind, match="^in words$"):
+            hosts.checked_by_all(lambda: None)
+        with pytest.raises(kind, match="^of this one$"):
+            hosts.checked_by_all(functools.partial(raised, kind("of this one")))
+        assert said == ["", f"{letter}of this one"]
+
+
+def raised(error):
+    raise error
 
 
 def test_what_processes_share_out_is_saved_to_a_bucket_whole_and_restored_by_each(curves):

@@ -1,14 +1,19 @@
 """Runs: overrides, work folders, resuming, reading back."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
+import sys
+from contextlib import ExitStack
+from subprocess import PIPE, Popen
 
 import jax
 import numpy as np
 import pytest
 
-from ddistill import quickstart, runs
+from ddistill import hosts, quickstart, runs
 from ddistill.checkpoint import CheckpointError
 from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, PairsData, Teacher
 from ddistill.data.pair_store import open_pairs, write_pairs
@@ -237,7 +242,11 @@ def test_a_folder_with_other_files_and_one_that_cannot_be_written_are_refused(tm
 
 
 def test_of_two_starts_that_claim_a_folder_at_once_the_same_goes_on_and_another_is_refused(tmp_path, monkeypatch):
-    runs._claim(tmp_path, TINY, None, ["--first"])
+    def claim(experiment, *overrides):
+        with ExitStack() as held:
+            runs._claim(tmp_path, experiment, None, overrides, held)
+
+    claim(TINY, "--first")
     seen, record = [], runs._record
 
     def late(workdir):  # the other start writes just after this one has looked
@@ -245,12 +254,54 @@ def test_of_two_starts_that_claim_a_folder_at_once_the_same_goes_on_and_another_
         return None if len(seen) == 1 else record(workdir)
 
     monkeypatch.setattr(runs, "_record", late)
-    runs._claim(tmp_path, TINY, None, ["--second"])
+    claim(TINY, "--second")
     assert record(tmp_path)["overrides"] == ["--second"]
     seen.clear()
     with pytest.raises(ValueError, match=r"holds another experiment, which differs in seed: 0 before, 1 now"):
-        runs._claim(tmp_path, dataclasses.replace(TINY, seed=1), None, [])
+        claim(dataclasses.replace(TINY, seed=1))
     assert record(tmp_path)["overrides"] == ["--second"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from ddistill.hosts import alone_in
+with alone_in(Path(sys.argv[1]), print):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_start_in_a_folder_where_one_trains_is_refused_until_that_one_is_gone(tmp_path, whole):
+    with Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdin=PIPE, stdout=PIPE) as other:
+        other.stdout.readline()
+        words = f"process, {other.pid}, is training in {tmp_path}: wait for its end or stop it, kill {other.pid}, and"
+        with pytest.raises(hosts.Busy, match=words):
+            distil(TINY, tmp_path, Silent())
+        assert os.listdir(tmp_path) == [".lock"]
+        other.kill()
+    assert leaves_equal(distil(TINY, tmp_path, Silent()).student.params, whole.student.params)
+    with hosts.alone_in(tmp_path, print):
+        open_run(tmp_path, TINY)  # those who read are not kept out
+
+
+def test_a_folder_is_free_where_locks_are_unknown_or_may_be_those_of_a_host_that_is_lost(tmp_path, monkeypatch):
+    told = []
+    with hosts.alone_in(tmp_path, told.append):
+        (tmp_path / ".lock").write_text("7 elsewhere")
+        with hosts.alone_in(tmp_path, told.append):
+            (words,) = told
+        assert words.startswith(f"another process, 7, is training in {tmp_path} on another host, unless that is lost")
+        (tmp_path / ".lock").write_text("")
+        with pytest.raises(hosts.Busy, match="another process is training .* end and repeat"):
+            hosts.alone_in(tmp_path, told.append).__enter__()
+
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(hosts.fcntl, "flock", unknown)
+    with hosts.alone_in(tmp_path, told.append), hosts.alone_in(tmp_path, told.append):
+        assert len(told) == 1
 
 
 def test_the_students_stage_sees_the_guided_teacher_and_trains_without_dropped_labels():
@@ -309,6 +360,7 @@ def test_a_run_goes_on_and_is_read_with_another_layout_interval_and_number_of_de
     recorded = json.loads((tmp_path / "experiment.json").read_text())["experiment"]
     assert recorded["fsdp"] == 2 and recorded["log_every"] == 2
     assert leaves_equal(open_run(tmp_path, TINY).student.params, whole.student.params)
+    assert open_run(tmp_path, dataclasses.replace(TINY, fsdp=16)).experiment.fsdp == 8  # of the devices that are here
     pod = dataclasses.replace(TINY, fsdp=16, tensor=2, layout={"*.kernel": (None, "fsdp")})
     assert (runs._fitting(pod).fsdp, runs._fitting(pod).tensor, runs._fitting(pod).layout) == (8, 1, {})
     assert runs._fitting(dataclasses.replace(pod, fsdp=4)).fsdp == 4

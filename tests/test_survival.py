@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from ddistill import seals
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.cli import commands, main
+from ddistill.hosts import Busy
 from ddistill.log import RunLog, Silent
 from ddistill.methods.base import Method, Sampling
 from ddistill.net import Net
@@ -269,6 +271,69 @@ def test_the_command_leaves_with_75_when_preempted_and_says_how_to_go_on(monkeyp
     assert main(["distill", "x.py"]) == 75
     told = capsys.readouterr().err
     assert "saved at step 4 of 8. The same command goes on" in told
+
+
+def test_the_command_asks_for_a_later_try_where_another_trains(monkeypatch, capsys):
+    def busy(*_):
+        raise Busy("another process, 7, is training in runs/x")
+
+    monkeypatch.setattr(commands, "run", busy)
+    assert main(["distill", "x.py"]) == 75
+    assert capsys.readouterr().err == "ddistill: another process, 7, is training in runs/x\n"
+
+
+def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, undisturbed):
+    stop, save = Stop(), Checkpoints.save
+
+    def told(checkpoints, step, tree, *, wait):
+        save(checkpoints, step, tree, wait=wait)
+        stop.request()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="saved at step 8 of 8") as stopped:
+        patch.setattr(Checkpoints, "save", told)
+        train(tmp_path, stop=stop)
+    assert stopped.value.status == 75 and not stopped.value.together
+    np.testing.assert_array_equal(train(tmp_path, source=None), undisturbed)
+
+
+def test_processes_that_are_connected_leave_at_once_outside_a_training_and_with_jax_within(tmp_path):
+    script = tmp_path / "connected.py"
+    script.write_text(CONNECTED)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run([sys.executable, str(script), str(port)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["75", "130", "together", "75"]
+
+
+CONNECTED = """
+import os, signal, sys, time
+
+import jax
+
+from ddistill.signals import Stopped, on_signals
+
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 1, 0)
+
+
+def tell(number, stop):
+    try:
+        os.kill(os.getpid(), number)
+        while not stop.now():  # JAX looks once a second
+            time.sleep(0.01)
+        print("together")
+    except Stopped as stopped:
+        print(stopped.status)
+
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    with on_signals() as stop:
+        tell(number, stop)
+with on_signals() as stop, stop.watch():
+    tell(signal.SIGINT, stop)
+    tell(signal.SIGTERM, stop)
+"""
 
 
 def test_a_row_that_a_kill_cut_off_does_not_swallow_the_next_one(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,8 +11,9 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
-from ddistill.hosts import join, leaving_lost_peers
+from ddistill.hosts import Busy, join, leave, leaving_lost_peers
 from ddistill.launchers import Peers
+from ddistill.signals import Stop, on_signals
 
 
 @dataclass(frozen=True)
@@ -396,7 +398,8 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; answers the exit status: 0, 2 for an error that words explain, 130 for Ctrl-C, 75 for SIGTERM.
 
-    With --debug, or DDISTILL_DEBUG set, errors show where they come from.
+    75 is also that of a folder in which another command trains. With --debug, or DDISTILL_DEBUG set, errors show where
+    they come from.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or bool(os.environ.get("DDISTILL_DEBUG"))
@@ -408,14 +411,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers: Peers | None = getattr(command, "peers", None)
         if peers is not None and not getattr(command, "dry_run", False) and not {"-h", "--help"} & set(flags):
             join(peers)
-        from ddistill.cli import commands
+        with nullcontext(Stop()) if peers is None else on_signals() as stop, leaving_lost_peers():
+            from ddistill.cli import commands
 
-        with leaving_lost_peers():
-            commands.run(command, flags)
+            commands.run(command, flags, stop)
         return 0
     except KeyboardInterrupt as stopped:
         print(f"\nInterrupted{f': {stopped}' * bool(str(stopped))}. {_how_to_go_on(command)}", file=sys.stderr)
-        return getattr(stopped, "status", 130)
+        return leave(stopped)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `ddistill methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -423,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or not _in_words(error):
             raise
         print(f"ddistill: {error}", file=sys.stderr)
-        return 2
+        return error.status if isinstance(error, Busy) else 2
 
 
 def _parse(argv: list[str]) -> tuple[Command, list[str]]:
@@ -483,4 +486,4 @@ def _in_words(error: Exception) -> bool:
     from ddistill.checkpoint import CheckpointError
     from ddistill.divergence import DivergedError
 
-    return isinstance(error, ValueError | OSError | ImportError | CheckpointError | DivergedError)
+    return isinstance(error, ValueError | OSError | ImportError | Busy | CheckpointError | DivergedError)

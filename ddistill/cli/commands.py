@@ -52,20 +52,20 @@ from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
 from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
-from ddistill.signals import on_signals
+from ddistill.signals import Stop
 
 Row = dict[str, Any]
 
 
-def run(command: Command, flags: Sequence[str]) -> None:
-    """Carry a command out; flags are those that belong to its experiment."""
+def run(command: Command, flags: Sequence[str], stop: Stop) -> None:
+    """Carry a command out; flags are those that belong to its experiment, stop asks its training to stop."""
     match command:
         case Quickstart():
-            quickstart(command, flags)
+            quickstart(command, flags, stop)
         case Import():
             import_(command)
         case Distill():
-            distill(command, flags)
+            distill(command, flags, stop)
         case Plan():
             from ddistill.cli.plan import plan
 
@@ -98,15 +98,14 @@ def run(command: Command, flags: Sequence[str]) -> None:
             bench(command)
 
 
-def quickstart(command: Quickstart, flags: Sequence[str]) -> None:
+def quickstart(command: Quickstart, flags: Sequence[str], stop: Stop) -> None:
     """Train, distil, judge; samples.png, metrics.json and loss.png go into the run's folder."""
     source = Path(quickstart_experiment.__file__)
     overrides = [*flags, "--seed", str(command.seed)]
     experiment = load_experiment(source, overrides, prog="ddistill quickstart")
     out = command.out
     say(f"Training a teacher on scanned digits and distilling it, in {out}/")
-    with on_signals() as stop:
-        distil(experiment, out, source=source, overrides=overrides, stop=stop)
+    distil(experiment, out, source=source, overrides=overrides, stop=stop)
     opened = open_run(out)
     digits = digits_of(opened)
     plan = samplers_of(opened, (1, 2, 4))
@@ -131,7 +130,7 @@ def import_(command: Import) -> None:
     say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
 
 
-def distill(command: Distill, flags: Sequence[str]) -> None:
+def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     """Train an experiment in its work folder."""
     profile = None if command.profile is None else _steps(command.profile)
     experiment = load_experiment(command.experiment, flags)
@@ -140,8 +139,7 @@ def distill(command: Distill, flags: Sequence[str]) -> None:
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = storage.folder(Path("runs") / experiment.name if command.workdir is None else command.workdir)
-    with on_signals() as stop:
-        distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop, profile=profile)
+    distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop, profile=profile)
     say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
 
 
