@@ -329,8 +329,8 @@ def test_the_slowest_resource_bounds_the_step():
 # Layouts
 
 
-def digits(tmp_path, **changes):
-    """A file whose experiment is small, and the experiment."""
+def digits(tmp_path):
+    """A file whose experiment is small."""
     file = tmp_path / "small.py"
     file.write_text(
         "import dataclasses\n"
@@ -416,7 +416,7 @@ SIDE, WORDS = 16, 16
 @pytest.mark.parametrize(("path", "topology"), CASES, ids=lambda c: getattr(c, "stem", c))
 def test_published_experiments_compile_for_tpus(path, topology, monkeypatch):
     """With few narrow blocks, small images and short texts the fullest step compiles, and holds what was counted."""
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install ddistill[tpu]")
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'ddistill[tpu]'")
     for name, value in aot.environment().items():
         monkeypatch.setenv(name, value)
     flags = ["--method.other.adversary.network.layers", LEVEL[path.stem]] if path.stem in LEVEL else []

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import time
 
 import jax
@@ -174,7 +175,7 @@ def test_weights_and_biases_is_told_offline_and_later_starts_go_on(tmp_path, mon
 
 
 def test_without_wandb_words_say_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'ddistill\[wandb\]'"):
         RunLog(tmp_path, wandb="p")
     assert os.listdir(tmp_path) == []

@@ -138,7 +138,7 @@ class Serve:
     most_steps: int = 64
     """Sampling steps that one call may ask for."""
     models: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """The pipeline's folder that encodes prompts, where the run has prompts."""
+    """The pipeline's folder that encodes prompts and decodes latents, where the run has them."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def compiled(
 def check_libtpu() -> None:
     """Raise ImportError where there is no compiler for TPUs."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("compiling for a TPU needs libtpu, which is not installed: pip install ddistill[tpu]")
+        raise ImportError("compiling for a TPU needs libtpu, which is not installed: pip install 'ddistill[tpu]'")
 
 
 def environment() -> dict[str, str]:

@@ -141,6 +141,9 @@ def main() -> None:
     unknown = sorted(set(names) - {c.name for c in CASES})
     if unknown:
         parser.error(f"no networks {unknown}; there are {[c.name for c in CASES]}")
+    against = [name for name in given.against.split(",") if name]
+    if others := sorted(set(against) - {"eager", "compiled"}):
+        parser.error(f"--against: no {', '.join(others)}; there are eager and compiled")
     prepare(given.device)
 
     rate = matrix_rate(given.device)
@@ -151,7 +154,7 @@ def main() -> None:
     for case in CASES:
         if case.name not in names:
             continue
-        rows.append(measure(case, given.device, [c for c in given.against.split(",") if c], given.rounds))
+        rows.append(measure(case, given.device, against, given.rounds))
         print(line(rows[-1], rate), flush=True)
         if given.json:
             with open(given.json, "w", encoding="utf-8") as file:
