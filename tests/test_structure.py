@@ -90,3 +90,22 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on():
     said = [f"{p.relative_to(ROOT)}: {m.group()}" for p in text for m in folder.finditer(p.read_text("utf-8"))]
     assert not said, said
     assert folder.search("see " + "/".join(["", "home", "me", "x"])) and not folder.search("https://h.org/home/me")
+
+
+def stray_strings(tree):
+    """Lines of strings that nothing takes: neither a docstring, nor the words on the field or constant before them."""
+    for node in ast.walk(tree):
+        blocks = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
+        for block in (block for block in blocks if isinstance(block, list)):
+            for before, line in zip([None, *block], block, strict=False):
+                said = isinstance(line, ast.Expr) and isinstance(getattr(line.value, "value", None), str)
+                if said and not (before is None or isinstance(before, ast.Assign | ast.AnnAssign)):
+                    yield line.lineno
+
+
+def test_no_string_is_left_behind_a_line_that_was_to_be_continued():
+    files = [p for name in ("ddistill", "tests", "experiments") for p in sorted((ROOT / name).rglob("*.py"))]
+    stray = [f"{p.relative_to(ROOT)}:{n}" for p in files for n in stray_strings(ast.parse(p.read_text("utf-8")))]
+    assert not stray, stray
+    code = 'def f():\n    """A."""\n    x = 1\n    """B."""\n    return "a"\n    "b"\n'
+    assert list(stray_strings(ast.parse(code))) == [6]
