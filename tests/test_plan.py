@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
 from test_dry_run import LEVEL, shrunk
 
 from ddistill.cli import main
@@ -300,6 +302,40 @@ def test_collectives_and_traffic_count_as_often_as_their_loops_run():
         hlo.parse("HloModule empty")
 
 
+SCATTERED = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter (input: f32[1024,1024]) -> f32[256,1024] {
+  %input = f32[1024,1024]{1,0:T(8,128)S(1)} parameter(0)
+  %all-reduce.1 = f32[1024,1024]{1,0} all-reduce(%input), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  %partition-id.1 = u32[] partition-id()
+  %rows = u32[] constant(256)
+  %row = u32[]{:T(128)} multiply(%partition-id.1, %rows)
+  %zero = u32[] constant(0)
+  ROOT %part = f32[256,1024]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %row, %zero), dynamic_slice_sizes={256,1024}
+}
+
+ENTRY %main (g: f32[1024,1024]) -> f32[256,1024] {
+  %g = f32[1024,1024]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %fusion = f32[256,1024]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_fused_all_reduce_whose_share_is_kept_is_a_reduce_scatter():
+    whole = 1024 * 1024 * 4
+    assert hlo.collectives(hlo.parse(SCATTERED)) == {"reduce-scatter": hlo.Collective(1, whole, whole * 3 / 4)}
+    halves = SCATTERED.replace("[256,1024]", "[512,1024]")  # two chips keep the same one
+    used = "  %twice = f32[1024,1024]{1,0} add(%all-reduce.1, %all-reduce.1)\n  %partition-id.1"
+    for more in (halves, SCATTERED.replace("  %partition-id.1", used, 1)):
+        assert hlo.collectives(hlo.parse(more)) == {"all-reduce": hlo.Collective(1, whole, 2 * whole * 3 / 4)}
+
+
 # Chips, time and cost
 
 
@@ -441,3 +477,28 @@ def test_published_experiments_compile_for_tpus(path, topology, monkeypatch):
     # nothing reads are left out.
     assert 0.5 * sum(counted.held.values()) < done.arguments < 2 * sum(counted.held.values()) + 2**23
     assert sum(c.received for c in done.collectives.values()) > 0
+
+
+@pytest.mark.skipif(not COMPILE, reason="asked for by DDISTILL_COMPILE=few, one or all")
+def test_gradients_that_chips_keep_a_part_of_compile_for_tpus_as_reduce_scatters(monkeypatch):
+    """A 1024 × 1024 kernel over four chips of v5e: its gradient is summed once, and each chip keeps a quarter."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'ddistill[tpu]'")
+    for name, value in aot.environment().items():
+        monkeypatch.setenv(name, value)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("fsdp",), ()))
+
+    def step(w, x):
+        gathered = lambda w: jax.lax.with_sharding_constraint(w, whole)  # noqa: E731
+        gradient = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ gathered(w)) ** 2))(w)
+        return jax.lax.with_sharding_constraint(w - 0.1 * gradient, split)
+
+    w, x = (jax.ShapeDtypeStruct((n, 1024), jnp.float32, sharding=split) for n in (1024, 128))
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        found = hlo.collectives(hlo.parse(jax.jit(step).lower(w, x).compile().as_text()))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+    assert found["reduce-scatter"] == hlo.Collective(1, 2**22, 2**22 * 3 / 4) and "all-reduce" not in found

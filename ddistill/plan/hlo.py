@@ -86,7 +86,12 @@ def parse(text: str) -> Program:
 
 
 def collectives(program: Program) -> dict[str, Collective]:
-    """The collectives of one run of the program, by kind; pieces of one that the compiler split count once."""
+    """The collectives of one run of the program, by kind; pieces of one that the compiler split count once.
+
+    TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps: it counts
+    as the reduce-scatter that it is. An all-reduce whose slice is taken outside its fusion
+    sends everything, and counts so.
+    """
     once: dict[str, tuple[str, Collective]] = {}
     for where, body in program.computations.items():
         for line in body:
@@ -97,7 +102,11 @@ def collectives(program: Program) -> dict[str, Collective]:
             key = channel.group(1) if channel else f"{where} {line.name}"
             known = once.get(key)
             if known is None or known[1].count < program.runs[where]:
-                once[key] = kind, _collective(kind, line, body, program.runs[where])
+                one = _collective(kind, line, body, program.runs[where])
+                if kind == "all-reduce" and where in program.fused and _scattered(line, body):
+                    # Each chip receives its share of the sum alone, half of what an all-reduce brings it.
+                    kind, one = "reduce-scatter", Collective(one.count, one.bytes, one.received / 2)
+                once[key] = kind, one
     total: dict[str, Collective] = {}
     for kind, one in once.values():
         total[kind] = total.get(kind, Collective()) + one
@@ -223,6 +232,21 @@ def _collective(kind: str, line: Instruction, body: Computation, runs: float) ->
     else:
         whole, received = answered or given, answered or given
     return Collective(runs, runs * whole, runs * received)
+
+
+def _scattered(line: Instruction, body: Computation) -> bool:
+    """Whether a fusion takes no more of its all-reduce than the one part that belongs to a chip of the group."""
+    names, taken = {line.name}, 0.0
+    for other in body:  # operands come before what takes them
+        if names.isdisjoint(other.operands):
+            continue
+        if other.code in ("bitcast", "reshape") and not other.root:
+            names.add(other.name)
+        elif other.code == "dynamic-slice" and other.operands[0] in names:
+            taken += sum(a.bytes for a in other.results)
+        else:
+            return False
+    return 0 < taken * _group(line.attributes) <= sum(a.bytes for a in line.results)
 
 
 def _group(attributes: str) -> int:
