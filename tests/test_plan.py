@@ -146,6 +146,24 @@ def sdxl(side=128, text=77, context=2048):
     return total
 
 
+def sdxl_again(side=128, text=77, context=2048):
+    """What the backward pass of SDXL computes anew: residual and transformer blocks, but for their last products.
+
+    Residual blocks, by the side they lie on, of (input, output) widths; and how often a transformer block comes.
+    """
+    residual = {
+        side: [(320, 320)] * 2 + [(960, 320), (640, 320), (640, 320)],
+        side // 2: [(320, 640), (640, 640), (1920, 640), (1280, 640), (960, 640)],
+        side // 4: [(640, 1280), (1280, 1280)] + [(1280, 1280)] * 2 + [(2560, 1280), (2560, 1280), (1920, 1280)],
+    }
+    total = sum(9 * a * b * s * s + 1280 * b for s, blocks in residual.items() for a, b in blocks)
+    for s, c, times in ((side // 2, 640, 2 * 5), (side // 4, 1280, 10 * 6)):
+        p = s * s
+        own, other = 4 * c * c * p + 2 * p * p * c, 2 * c * c * p + 2 * context * c * text + 2 * p * text * c
+        total += times * (own + other + 8 * c * c * p)
+    return total
+
+
 @pytest.fixture(scope="module")
 def consistency():
     return published("imagenet256_dit_consistency")
@@ -203,6 +221,14 @@ def test_sdxl_is_the_hand_count():
     one = jax.tree.map(lambda a: shape(1, *a.shape), known.data.null)
     run = lambda params, x, t, cond: net.replace(params=params)(x, t, cond)  # noqa: E731
     assert work_of(run, net.params, shape(1, *known.shape), shape(1), one).flops == pytest.approx(2 * sdxl(), rel=0.01)
+
+
+def test_a_step_of_sdxl_lcm_lora_is_the_hand_count():
+    """A guided teacher (2), the student as its own target, the student, its blocks again, and backward twice."""
+    experiment = dataclasses.replace(published("sdxl_lcm_lora"), batch_size=256)
+    step = analysed(experiment, 256, traced_once(experiment, 4))[0]
+    again, image = sdxl_again(), 256 * step.work.flops / step.images / 2
+    assert image == pytest.approx(6 * sdxl() + again, rel=0.01)
 
 
 # What must be sent, and what is held
