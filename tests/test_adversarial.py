@@ -122,6 +122,11 @@ def test_r1_is_taken_by_the_features_and_not_by_the_sample():
         penalty = 0.5 * (0.7 * c**2 * square + 0.2 * c**2 * square_fake)
         assert float(loss - metrics["gan"]) == pytest.approx(penalty, rel=1e-4)
     assert float(of(2.0, X / 2)[1]["slope"]) == pytest.approx(float(of(1.0)[1]["slope"]), rel=1e-5)
+    loss, metrics = dataclasses.replace(config, r1=None, r2=None).discriminator(
+        P, nets_of(), X, fake, None, jax.random.key(0)
+    )
+    squares = float(jnp.mean(jnp.sum(X**2 + fake**2, axis=(1, 2))))
+    assert float(loss - metrics["gan"]) == pytest.approx(0.5 * 0.01 * X[0].size * c**2 * squares, rel=1e-4)
     plain = dataclasses.replace(config, r1=0.0, r2=0.0)
     loss, metrics = plain.discriminator(P, nets_of(), X, fake, None, jax.random.key(0))
     assert loss == metrics["gan"] and metrics["slope"] == 0

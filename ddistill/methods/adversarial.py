@@ -26,14 +26,16 @@ class Adversary:
     (Diffusion-GAN, Wang et al. 2022; LADD): at high noise the two overlap, and missing modes are missed. None compares
     the samples themselves, at t_min. r1: γ in ½ γ E‖∇ D‖² at real samples, the gradient by what the heads see: features
     (ADD, sec. 3.2), or the sample scaled to unit variance; D is the mean of a sample's logits (Mescheder et al. 2018).
-    r2: the same at fake ones. rate: the discriminator's learning rate as a multiple of the optimiser's.
+    None is .01 for each coordinate of a sample, as γ grows with the pixels in StyleGAN2-ADA (Karras et al. 2020): the
+    more coordinates, the more easily samples are told apart. r2: the same at fake ones. rate: the discriminator's
+    learning rate as a multiple of the optimiser's.
     """
 
     network: Discriminator = field(default_factory=Plain)
     loss: GANLoss = field(default_factory=Logistic)
     noise: TimeLaw | None = field(default_factory=lambda: LogNormal(-1.2, 1.6))
-    r1: float = 0.02
-    r2: float = 0.02
+    r1: float | None = None
+    r2: float | None = None
     rate: float = 1.0
 
     def start(self, process: Process) -> Init:
@@ -58,11 +60,12 @@ class Adversary:
         judge = nets["discriminator"]
         real_t, t = self._noised(process, real, key)
         fake_t, _ = self._noised(process, jax.lax.stop_gradient(fake), key)
-        of_real, slope_real = _logits(judge, real_t, t, cond, origin, slope=self.r1 > 0)
-        of_fake, slope_fake = _logits(judge, fake_t, t, cond, origin, slope=self.r2 > 0)
+        r1, r2 = (0.01 * real[0].size if r is None else r for r in (self.r1, self.r2))
+        of_real, slope_real = _logits(judge, real_t, t, cond, origin, slope=r1 > 0)
+        of_fake, slope_fake = _logits(judge, fake_t, t, cond, origin, slope=r2 > 0)
         gan = self.loss.real(of_real) + self.loss.fake(of_fake)
         metrics = {"gan": gan, "real": jnp.mean(of_real), "fake": jnp.mean(of_fake), "slope": slope_real}
-        return gan + 0.5 * (self.r1 * slope_real + self.r2 * slope_fake), metrics
+        return gan + 0.5 * (r1 * slope_real + r2 * slope_fake), metrics
 
     def _noised(self, process: Process, x: Array, key: Array) -> tuple[Array, Array]:
         if self.noise is None:

@@ -21,7 +21,7 @@ MEASURES = ("precision", "recall", "diversity")
 def main(seeds: int = 3, steps: int = 800, out: str | None = None) -> dict:
     """Print the table."""
     begin = starts(seeds)
-    runs = {f"{w:g}": Students(ADD(ADVERSARY, w, steps=1, first=1.0), steps) for w in WEIGHTS}
+    runs = {f"{w:g}": Students(ADD(ADVERSARY, w, steps=1, first=1.0, rate=0.3), steps) for w in WEIGHTS}
     runs[ALONE] = Students(SDS(), steps)
 
     def one(seed):

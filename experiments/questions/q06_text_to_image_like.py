@@ -22,7 +22,7 @@ METHODS = {
     "SDS": SDS(),
     "DMD": published(every=2),
     "DMD + regression": Together(published(every=2), KD(steps=(1,)), 0.25),
-    "ADD": ADD(ADVERSARY, steps=1, first=1.0),
+    "ADD": ADD(ADVERSARY, steps=1, first=1.0, rate=0.3),
 }
 MEASURES = ("precision", "recall", "diversity", "size")
 
