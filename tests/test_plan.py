@@ -456,7 +456,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install ddistill\[tpu\]"):
+    with pytest.raises(ImportError, match=r"pip install 'ddistill\[tpu\]'"):
         make(digits(tmp_path), [], pod("v5e:2x2"))
 
 

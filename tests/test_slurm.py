@@ -49,7 +49,7 @@ def experiment():
         name="points",
         data=Points(),
         network=MLPNetwork(width=8, blocks=1),
-        teacher=Teacher(steps=40),
+        teacher=Teacher(steps=1500),
         method=KD(steps=(1,)),
         steps=1,
         batch_size=8,
@@ -320,15 +320,17 @@ def test_two_processes_of_a_training_join_are_told_to_leave_and_go_on(slurm, tmp
     def statuses():
         return re.findall(r"ended with status (\d+)", log.read_text())
 
-    until(lambda: (folder / "experiment.json").exists() or statuses(), 300)  # they have joined; now they compile
+    # Before they train they would leave at once, with nothing to save.
+    metrics = folder / "metrics.jsonl"
+    until(lambda: (metrics.exists() and 'loss"' in metrics.read_text()) or statuses(), 300)
     ask(environment, "scancel", "--signal=TERM", "--batch", number)
     until(statuses, 300)
     assert statuses() == ["75"], log.read_text()
     # Both say so, of the same step.
-    (saved,) = set(told := re.findall(r"stopped and saved at step (\d+) of 40", log.read_text()))
-    assert len(told) == 2 and 0 < int(saved) < 40
+    (saved,) = set(told := re.findall(r"stopped and saved at step (\d+) of 1500", log.read_text()))
+    assert len(told) == 2 and 0 < int(saved) < 1500
     until(lambda: len(statuses()) > 1, 300)
     assert statuses() == ["75", "0"], log.read_text()
     assert log.read_text().count("0: Done: ") == 1
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"teacher", "student"}
