@@ -302,7 +302,8 @@ def test_processes_that_are_connected_leave_at_once_outside_a_training_and_with_
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    done = subprocess.run([sys.executable, str(script), str(port)], capture_output=True, text=True, check=False)
+    words = [sys.executable, str(script), str(port)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["75", "130", "together", "75"]
 

@@ -37,7 +37,7 @@ def train(folder: Path, process: int, processes: int, port: int) -> None:
 
     from ddistill import Experiment
     from ddistill.config import Data, MLPNetwork, Teacher
-    from ddistill.hosts import first, join, leaving_lost_peers
+    from ddistill.hosts import first, join, leave, leaving_lost_peers
     from ddistill.integrators import euler
     from ddistill.launchers import Peers
     from ddistill.methods import Consistency
@@ -64,7 +64,7 @@ def train(folder: Path, process: int, processes: int, port: int) -> None:
         with on_signals() as stop, leaving_lost_peers():
             result = distil(experiment, folder, stop=stop)
     except Stopped as stopped:
-        sys.exit(stopped.status)
+        sys.exit(leave(stopped))
     leaves = jax.tree.leaves((result.teacher.params, result.student.params))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
     if first():
