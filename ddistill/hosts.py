@@ -97,8 +97,8 @@ def checked_by_all(check: Callable[[], None]) -> None:
     except Exception as error:
         failure = error
     kinds: dict[str, type[Exception]] = {"O": OSError, "B": Busy, "V": ValueError}
-    kind = next((letter for letter, kind in kinds.items() if isinstance(failure, kind)), "V")
-    told = said_by_all("" if failure is None else f"{kind}{failure}")
+    letter = next((letter for letter, kind in kinds.items() if isinstance(failure, kind)), "V")
+    told = said_by_all("" if failure is None else f"{letter}{failure}")
     if failure is not None:
         raise failure
     for words in filter(None, told):

@@ -13,10 +13,10 @@ from flax import nnx
 
 from ddistill.config import Imported
 from ddistill.integrators import euler
-from ddistill.methods import ADD, DMD, GAN, Consistency
+from ddistill.methods import ADD, CTM, DMD, GAN, Adversary, Consistency
 from ddistill.methods.base import Space
 from ddistill.methods.sharing import Nets, once
-from ddistill.net import EDMPrecondition, from_nnx, split
+from ddistill.net import EDMPrecondition, Net, from_nnx, split
 from ddistill.networks.dit import DiT, DiTConfig
 from ddistill.networks.edm import SongUNet, SongUNetConfig
 from ddistill.networks.layers import Stack
@@ -90,18 +90,23 @@ def test_what_is_computed_once_is_differentiated_by_its_own_network_and_by_no_ot
     assert once({"a": 1}, "a", jax.random.key(0), lambda: 5) == 5
 
 
-@pytest.mark.parametrize("config", [GAN(), ADD()], ids=["gan", "add"])
-def test_a_discriminator_sees_the_samples_of_the_students_own_loss(config):
-    calls = []
-    method = config(edm())
-    original = GAN._drawn
+JUDGED = CTM(adversary=Adversary(), last_layer="map_layer1.kernel")
 
-    def drawn(self, process, student, batch, key):
+
+@pytest.mark.parametrize(
+    ("config", "jumps"),
+    [(GAN(), 1), (ADD(), 1), (JUDGED, 8)],  # CTM's samples and its goal take two each, and each weight takes two again
+    ids=["gan", "add", "ctm"],
+)
+def test_a_discriminator_sees_the_samples_of_the_students_own_loss(config, jumps):
+    calls, jump, method = [], Net.jump, config(edm())
+
+    def counted(self, *args, **options):
         calls.append(1)
-        return original(self, process, student, batch, key)
+        return jump(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GAN, "_drawn", drawn)
+        patch.setattr(Net, "jump", counted)
         teacher = jax.eval_shape(lambda: from_nnx(song(), edm(), EDMPrecondition()))
         trainer = make_trainer(method, dict.fromkeys(method.losses, optax.adam(1e-3)))
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -110,7 +115,7 @@ def test_a_discriminator_sees_the_samples_of_the_students_own_loss(config):
         )
         batch = {"x": jnp.zeros((BATCH, SIDE, SIDE, 2))}
         seen = jax.eval_shape(lambda *a: trainer.step(*a, method.turn(0), 10), state, nets, batch)
-    assert calls == [1] and "discriminator/loss" in seen[1]
+    assert len(calls) == jumps and "discriminator/loss" in seen[1]
 
 
 @pytest.mark.parametrize(("make", "anew"), [(dit, 4.0), (song, 3.7)])
