@@ -270,6 +270,11 @@ class Report:
     """Of the noise, the same for all."""
     limit: float = 24.0
     """Megabytes that samples may take; where they would take more, fewer are shown, and the page says so."""
+    prompts: Annotated[Path | None, arg(metavar="FILE.txt")] = None
+    """A prompt in each line, which samples of runs on prompts have in turn; by default prompts of their data."""
+    models: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """The pipeline's folder that encodes prompts and decodes latents, of all runs on latents; by default each run's,
+    its data's or its teacher's."""
     title: str = ""
     """The page's title."""
 

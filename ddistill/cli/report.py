@@ -12,10 +12,12 @@ from rich.progress import Progress
 
 from ddistill.checkpoint import CheckpointError
 from ddistill.cli import Report
-from ddistill.cli.report_runs import Found, drawn_of, facts_of, find, groups_of, open_found
+from ddistill.cli.networks import read_prompts
+from ddistill.cli.report_runs import Found, drawn_of, facts_of, find, groups_of
 from ddistill.report.html import write_page
 from ddistill.report.measures import is_student, table
 from ddistill.report.page import Group, Page, Run
+from ddistill.runs import open_run
 from ddistill.version import version
 
 Row = dict[str, Any]
@@ -29,6 +31,7 @@ def report(command: Report) -> None:
         raise ValueError("give at least one folder of a run, a folder of such folders, or a file of rows (.json)")
     if command.samples < 1 or command.limit <= 0 or any(n < 1 for n in command.steps):
         raise ValueError("--samples and --steps must be at least 1, --limit above 0")
+    prompts = None if command.prompts is None else read_prompts(command.prompts)
     files = [path for path in command.runs if path.suffix == ".json"]
     found, failed = find([path for path in command.runs if path.suffix != ".json"])
     groups: list[Group] = []
@@ -41,22 +44,21 @@ def report(command: Report) -> None:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for run in progress.track(found, description="sampling runs"):
             try:
-                with_samples = open_found(run)
-                drawn[run.name] = drawn_of(with_samples, command.steps, command.samples, command.seed)
+                drawn[run.name] = drawn_of(
+                    open_run(run.folder), command.steps, command.samples, command.seed, command.models, prompts
+                )
             except Exception as error:  # one run that fails, in whatever way, must not cost the others their page
                 failed[str(run.folder)] = str(error) if isinstance(error, _IN_WORDS) else repr(error)
     groups = [*groups_of(found, drawn), *groups]
     if not groups and not found:
         raise ValueError("nothing to show: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    flags = [] if command.steps == Report.steps else ["--steps", *map(str, command.steps)]
-    flags += [] if command.seed == Report.seed else ["--seed", str(command.seed)]
     page = Page(
         command.title or _title(found, groups),
         groups,
         [Run(run.name, facts_of(run), commands(run), run.config, run.curves) for run in found],
         failed,
         _words(found, groups),
-        shlex.join(["ddistill", "report", *map(str, command.runs), *flags, "--out", str(command.out)]),
+        _again(command),
         version(),
     )
     said = write_page(command.out / "index.html", page, samples=command.samples, limit=command.limit)
@@ -104,6 +106,16 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError('has no rows: expected {"rows": [...]} as bench, evaluate and compare write it')
     return rows
+
+
+def _again(command: Report) -> str:
+    """The command line of the command."""
+    words = ["ddistill", "report", *map(str, command.runs)]
+    for name in ("steps", "samples", "seed", "limit", "title", "prompts", "models", "out"):
+        value = getattr(command, name)
+        if value != getattr(Report, name) or name == "out":
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def _title(found: Sequence[Found], groups: Sequence[Group]) -> str:

@@ -3,23 +3,30 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddistill import grids
+from ddistill.cli.networks import prompt_conditions
+from ddistill.cli.study import decoder, models_of, on_latents
+from ddistill.config import Data
+from ddistill.evaluate.quality import conditions_of
+from ddistill.evaluate.real import images_of
 from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m, heun
 from ddistill.methods.base import home, sampling_of
 from ddistill.net import Scaled
+from ddistill.report.embed import thumbnails
 from ddistill.report.measures import is_student, table
 from ddistill.report.motion import motion, student_path, teacher_path
 from ddistill.report.page import Drawn, Group, Motion, Sheet
-from ddistill.runs import Opened, open_run, read_metrics
+from ddistill.runs import Opened, read_metrics
 from ddistill.sample import matched_noise
 
 OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
@@ -47,12 +54,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Shown:
-    """Samples of a run's student and its teacher, and of the data they learned."""
+    """Samples of a run's student, of its teacher and of the data they learned, and words on them."""
 
-    students: Drawn | None
-    teachers: Sequence[Drawn]
+    drawn: Sequence[Drawn] = ()
     motions: Sequence[Motion] = ()
-    reference: Drawn | None = None
     words: str = ""
 
 
@@ -143,71 +148,109 @@ def facts_of(run: Found) -> dict[str, str]:
     return {**facts, "seed": str(config.get("seed")), "ddistill": run.version, "folder": str(run.folder)}
 
 
-def open_found(run: Found) -> Opened:
-    """The run's networks. Raises what `open_run` raises."""
-    return open_run(run.folder)
-
-
-def drawn_of(opened: Opened, steps: Sequence[int], count: int, seed: int) -> Shown:
+def drawn_of(
+    opened: Opened,
+    steps: Sequence[int],
+    count: int,
+    seed: int,
+    models: Path | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Shown:
     """Samples of a finished run from the noise of the seed: its student, its teacher at the same and its usual cost.
 
     Data in two dimensions has paths too; of other flat data the two main directions are shown, and of what is neither
-    flat nor an image nothing.
+    flat nor, when it is decoded, an image nothing. models: decodes latents in place of the run's own. prompts: those of
+    the samples in turn, where conditions are prompts; by default the data's. Raises what `models_of`, `decoder` and
+    `prompt_conditions` raise.
     """
-    experiment, data, process = opened.experiment, opened.data, opened.experiment.process
-    images = len(data.shape) == 3 and data.shape[2] in (1, 3)
+    experiment, process = opened.experiment, opened.experiment.process
+    folder = models_of(opened, models if on_latents(experiment) else None)  # others of the page may be pictures
+    data = dataclasses.replace(opened.data, to_unit=decoder(opened, folder))
     flat = len(data.shape) == 1 and data.shape[0] > 1
+    shape = data.shape if flat else data.to_unit(np.zeros((1, *data.shape), np.float32)).shape[1:]
+    images = len(shape) == 3 and shape[2] in (1, 3)
     if not images and not flat:
-        return Shown(None, (), words=f"Samples of shape {list(data.shape)} are no pictures.")
+        return Shown(words=f"Samples of shape {list(data.shape)} are no pictures.")
     n = count if images else 12 * count
-    examples = None if data.arrays.get("x") is None else np.asarray(data.arrays["x"][: max(n, 4096)], np.float32)
-    view, words = _view(opened, examples)
-    noise, labels, key = start(process, data.shape, data.num_classes, n, seed)
+    noise, cond, key = start(process, data.shape, data.num_classes, n, seed)
+    words = []
+    if data.null is not None:
+        given = None if prompts is None else prompt_conditions(data, prompts, folder or models, n, shape[0])
+        cond = (given or conditions_of(data, n, seed))(0)
+        words = [
+            "Samples are of prompts of the data." if prompts is None else "Samples are of the given prompts in turn."
+        ]
+    real, view, told = _pictures(data, n, seed) if images else _points(data, n)
     made = experiment.method(process)
     sheets, teacher = {}, {}
     for calls in steps:
         euler_like = teacher_sampler(opened.teacher, process, dpmpp_2m, calls, "teacher")
-        teacher[calls] = Sheet(view(euler_like.draw(noise, labels, key).x))
+        teacher[calls] = Sheet(view(euler_like.draw(noise, cond, key).x))
         try:
             sampler = student_sampler(opened.student, made, process, calls)
         except ValueError:  # a number of steps that the method does not serve
             continue
-        sheets[calls] = Sheet(view(sampler.draw(noise, labels, key).x))
-    usual = teacher_sampler(opened.teacher, process, heun, _USUAL, "teacher").draw(noise, labels, key)
-    teachers = [
-        Drawn("teacher, Heun", "teacher", {int(usual.nfe): Sheet(view(usual.x))}),
-        Drawn("teacher, DPM-Solver++(2M)", "teacher", teacher),
-    ]
-    reference = None if examples is None else Drawn("data", "reference", {0: Sheet(view(_in_turn(data, examples, n)))})
+        sheets[calls] = Sheet(view(sampler.draw(noise, cond, key).x))
+    usual = teacher_sampler(opened.teacher, process, heun, _USUAL, "teacher").draw(noise, cond, key)
     motions: list[Motion] = []
     if data.shape == (2,):
-        some = None if labels is None else labels[:_PATHS]
+        some = jax.tree.map(lambda leaf: leaf[:_PATHS], cond)
         motions = _motions(opened, noise[:_PATHS], some, key, max(sheets, default=0))
-    return Shown(Drawn("student", "student", sheets), teachers, motions, reference, words)
+    return Shown(
+        [
+            *([] if real is None else [Drawn("data", "reference", {0: Sheet(real)})]),
+            Drawn("teacher, Heun", "teacher", {int(usual.nfe): Sheet(view(usual.x))}),
+            Drawn("teacher, DPM-Solver++(2M)", "teacher", teacher),
+            Drawn("student", "student", sheets),
+        ],
+        motions,
+        " ".join(filter(None, [*words, told])),
+    )
 
 
-def _view(opened: Opened, examples: np.ndarray | None):
-    """How samples become images or points, and words on it."""
-    shape = opened.data.shape
-    if len(shape) == 3:
-        return lambda x: opened.data.to_unit(np.asarray(x)), ""
-    if shape == (2,) or examples is None:
-        return lambda x: np.asarray(x)[:, :2], "" if shape == (2,) else f"The first two of {shape[0]} coordinates."
-    middle = examples.mean(0)
-    axes = np.linalg.svd(examples - middle, full_matrices=False)[2][:2].T
-    return lambda x: (np.asarray(x) - middle) @ axes, f"The two main directions of {shape[0]} dimensions."
+def _pictures(data: Data, n: int, seed: int) -> tuple[np.ndarray | None, Callable[[Any], np.ndarray], str]:
+    """Images of the data, how samples become images, and words on it."""
+
+    def view(x: Any) -> np.ndarray:
+        return thumbnails(data.to_unit(np.asarray(x)))
+
+    if "x" not in data.arrays and data.items is None:
+        return None, view, ""
+    if data.null is not None:
+        return view(data.source(n, seed, 0.0)(0)["x"]), view, ""  # of the prompts that samples are of
+    images = images_of(data, "the data")
+    batches = images.batches(n, _in_turn(images.labels, data.num_classes, len(images), n))
+    return next((thumbnails(x) for _, x in batches), None), view, ""
 
 
-def _in_turn(data, examples: np.ndarray, n: int) -> np.ndarray:
-    """The first examples, of classes in turn where there are classes, as the samples are."""
-    if not data.num_classes or "cond" not in data.arrays:
-        return examples[:n]
-    labels = np.asarray(data.arrays["cond"][: len(examples)])
-    of_class = [np.flatnonzero(labels == c) for c in range(data.num_classes)]
-    if any(not len(at) for at in of_class):
-        return examples[:n]
-    turn = [(i % data.num_classes, i // data.num_classes) for i in range(n)]
-    return examples[[of_class[c][i % len(of_class[c])] for c, i in turn]]
+def _points(data: Data, n: int) -> tuple[np.ndarray | None, Callable[[Any], np.ndarray], str]:
+    """The same of flat data: points."""
+    some = max(n, 4096)
+    x = None if data.arrays.get("x") is None else np.asarray(data.arrays["x"][:some], np.float32)
+    middle, axes = np.zeros(data.shape, np.float32), np.eye(data.shape[0], 2, dtype=np.float32)
+    words = "" if data.shape == (2,) else f"The first two of {data.shape[0]} coordinates."
+    if x is not None and words:
+        middle = x.mean(0)
+        axes = np.linalg.svd(x - middle, full_matrices=False)[2][:2].T
+        words = f"The two main directions of {data.shape[0]} dimensions."
+
+    def view(x: Any) -> np.ndarray:
+        return (np.asarray(x) - middle) @ axes
+
+    if x is None:
+        return None, view, words
+    labels = data.arrays.get("cond")
+    turn = _in_turn(None if labels is None else labels[:some], data.num_classes, len(x), n)
+    return view(x[turn]), view, words
+
+
+def _in_turn(labels: np.ndarray | None, num_classes: int, of: int, n: int) -> list[int]:
+    """The first of so many examples, of classes in turn where there are classes, as the samples are."""
+    of_class = [np.flatnonzero(np.asarray(labels) == c) for c in range(num_classes if labels is not None else 0)]
+    if not of_class or any(not len(at) for at in of_class):
+        return list(range(min(n, of)))
+    turns = [(of_class[i % num_classes], i // num_classes) for i in range(n)]
+    return [int(at[turn % len(at)]) for at, turn in turns]
 
 
 def _motions(opened: Opened, noise, labels, key, steps: int) -> list[Motion]:
@@ -250,10 +293,11 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
             for run in runs for row in run.rows
         ]  # fmt: skip
         there = [(run, shown[run.name]) for run in runs if run.name in shown]
-        references = [s.reference for _, s in there if s.reference is not None][:1]
-        teachers = {of(r.teacher, d.label): d for r, s in there for d in s.teachers}
-        students = {r.name: s.students for r, s in there if s.students is not None and s.students.sheets}
-        drawn = [*references, *(dataclasses.replace(d, label=label) for label, d in {**teachers, **students}.items())]
+        drawn = [(run, d) for run, s in there for d in s.drawn]
+        references = [d for _, d in drawn if d.kind == "reference"][:1]
+        teachers = {of(run.teacher, d.label): d for run, d in drawn if d.kind == "teacher"}
+        students = {run.name: d for run, d in drawn if d.kind == "student" and d.sheets}
+        labelled = [dataclasses.replace(d, label=label) for label, d in {**teachers, **students}.items()]
         paths = {(of(r.teacher, m.label) if m.kind == "teacher" else r.name): m for r, s in there for m in s.motions}
         words = "" if named else (
             "No results in the runs' folders: ddistill evaluate RUN --json RUN/evaluate.json adds a table and plots."
@@ -263,7 +307,7 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
         groups.append(Group(
             title if titles[title] == 1 else f"{title} {titles[title]}",
             [table(named)] if named else [],
-            drawn,
+            [*references, *labelled],
             [dataclasses.replace(m, label=label) for label, m in paths.items()],
             words=" ".join(dict.fromkeys([w for w in (words, *(s.words for _, s in there)) if w])),
         ))  # fmt: skip

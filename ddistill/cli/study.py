@@ -17,7 +17,7 @@ from ddistill.cli.evaluate import steps_of
 from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
 from ddistill.cli.output import cell, say, screen
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
-from ddistill.config import Imported, PairsData
+from ddistill.config import Experiment, Imported, PairsData
 from ddistill.datasets import LatentFolder
 from ddistill.digests import digest_of
 from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of, real_variety
@@ -125,14 +125,19 @@ def models_of(opened: Opened, given: Path | None) -> Path | None:
     Raises ValueError where samples are latents and no folder is known.
     """
     experiment = opened.experiment
-    data = experiment.data.data if isinstance(experiment.data, PairsData) else experiment.data
     folder = given or getattr(opened.data.to_unit, "models", None)
-    if folder is None and isinstance(data, LatentFolder):
+    if folder is None and on_latents(experiment):
         network = experiment.network
         if not isinstance(network, Imported) or not (Path(network.folder) / "vae").is_dir():
             raise ValueError("this run's samples are latents: give the folder of their autoencoder, --models FOLDER")
         folder = Path(network.folder)
     return folder
+
+
+def on_latents(experiment: Experiment) -> bool:
+    """Whether the samples of an experiment are latents that `ddistill encode` made."""
+    data = experiment.data.data if isinstance(experiment.data, PairsData) else experiment.data
+    return isinstance(data, LatentFolder)
 
 
 def decoder(opened: Opened, models: Path | None) -> Decode:

@@ -19,24 +19,20 @@ _GRID = 32767  # points lie on a grid of so many places to each side of the fram
 def picture(x: np.ndarray) -> dict[str, Any]:
     """Images [n, H, W, C] as one picture of nearly square shape with clear gaps: its address, columns, rows, count.
 
-    Images of more than 160 pixels are shrunk.
+    x: as for `thumbnails`.
     """
     from PIL import Image
 
-    x = pixels(x, "a sheet")
-    n, height, width, channels = x.shape
-    shrink = min(1.0, _LARGEST / max(height, width))
-    tall, wide = max(1, round(height * shrink)), max(1, round(width * shrink))
+    x = thumbnails(x)
+    n, tall, wide, channels = x.shape
     gap = max(1, round(max(tall, wide) / 24))
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     mode = "LA" if channels == 1 else "RGBA"
     sheet = Image.new(mode, (columns * (wide + gap) - gap, rows * (tall + gap) - gap), (0,) * len(mode))
     for i, image in enumerate(x):
-        tile = Image.fromarray(image.squeeze(2) if channels == 1 else image)
-        if shrink < 1:
-            tile = tile.resize((wide, tall), Image.Resampling.LANCZOS)
-        sheet.paste(tile.convert(mode), ((i % columns) * (wide + gap), (i // columns) * (tall + gap)))
+        tile = Image.fromarray(image.squeeze(2) if channels == 1 else image).convert(mode)
+        sheet.paste(tile, ((i % columns) * (wide + gap), (i // columns) * (tall + gap)))
     buffer = io.BytesIO()
     kind = "png" if max(tall, wide) <= _LOSSLESS else "webp"
     sheet.save(buffer, format=kind, optimize=True, quality=85)  # PNG has no quality, WebP nothing to optimise
@@ -45,6 +41,26 @@ def picture(x: np.ndarray) -> dict[str, Any]:
         "src": address, "n": n, "columns": columns, "rows": rows, "width": sheet.width, "height": sheet.height,
         "pixelated": max(tall, wide) <= _LOSSLESS,
     }  # fmt: skip
+
+
+def thumbnails(x: np.ndarray) -> np.ndarray:
+    """Images [n, H, W, C] in [0, 1] as bytes, those of more than 160 pixels shrunk; bytes are such images already.
+
+    What is NaN becomes black. Raises ValueError for other shapes.
+    """
+    from PIL import Image
+
+    if x.dtype == np.uint8:
+        return x
+    x = pixels(np.nan_to_num(x, nan=0.0, posinf=1.0, neginf=0.0), "a sheet")
+    height, width, channels = x.shape[1:]
+    shrink = _LARGEST / max(height, width)
+    if shrink >= 1:
+        return x
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    images = (Image.fromarray(image.squeeze(2) if channels == 1 else image) for image in x)
+    small = [np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for image in images]
+    return np.stack(small).reshape(len(x), size[1], size[0], channels)
 
 
 def points(x: np.ndarray, frame: Sequence[float]) -> str:
@@ -103,7 +119,7 @@ def _sheet(sheet: Sheet, of: Sequence[float] | None, most: int) -> dict[str, Any
         away = np.abs(x - np.asarray(of[:2])) > of[2]
         outside = int((~np.isfinite(x).all(1) | away.any(1)).sum())
         return {"points": points(x, of), "n": len(x), "outside": outside, **lost}
-    return {**picture(np.nan_to_num(x[:most], nan=0.0, posinf=1.0, neginf=0.0)), **lost}
+    return {**picture(x[:most]), **lost}
 
 
 def motion(one: Motion, of: Sequence[float]) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a sampler drew from the noise that all samplers of its group share: images [n, H, W, C] in [0, 1], C = 1 or
-    3, or points [n, 2]. lost: which of the group's modes it misses.
+    """What a sampler drew from the noise that all samplers of its group share: images [n, H, W, C], C = 1 or 3, in
+    [0, 1] or as bytes of `embed.thumbnails`, or points [n, 2]. lost: which of the group's modes it misses.
     """
 
     x: np.ndarray
