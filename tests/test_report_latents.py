@@ -38,9 +38,11 @@ from ddistill.net import Net
 
 @dataclass(frozen=True)
 class Pixels:
+    shape: tuple[int, ...] = (8, 8, 1)
+
     def load(self):
-        x = np.random.default_rng(0).uniform(-1, 1, (9, 8, 8, 1)).astype(np.float32)
-        return Data({"x": x, "cond": np.arange(9) // 3}, (8, 8, 1), 3)
+        x = np.random.default_rng(0).uniform(-1, 1, (9, *self.shape)).astype(np.float32)
+        return Data({"x": x, "cond": np.arange(9) // 3}, self.shape, 3)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def test_what_cannot_be_decoded_or_encoded_is_told_in_words_and_the_rest_is_show
     assert lost["lost", "2"].shape == (4, 8, 8, 3) and "samples are latents" not in text
     np.testing.assert_array_equal(again["pixels", "2"], pixels["pixels", "2"])  # which nothing decodes
     text, (lost, _) = page_of(tmp_path / "c", runs / "known", runs / "pixels", "--models", tmp_path / "gone")
-    assert not lost and f"{tmp_path / 'gone' / 'config.json'}" in text
+    assert not lost and f"{tmp_path / 'gone'} has no config.json" in text
     (tmp_path / "prompts.txt").write_text("x\n", encoding="utf-8")
     text, (lost, _) = page_of(tmp_path / "d", runs / "known", runs / "pixels", "--prompts", tmp_path / "prompts.txt")
     assert not lost and "model_index.json, the index of a pipeline" in text and str(runs / "known") in text

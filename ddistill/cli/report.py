@@ -13,7 +13,8 @@ from rich.progress import Progress
 from ddistill.checkpoint import CheckpointError
 from ddistill.cli import Report
 from ddistill.cli.networks import read_prompts
-from ddistill.cli.report_runs import Found, drawn_of, facts_of, find, groups_of
+from ddistill.cli.report_kept import identity, keep, kept
+from ddistill.cli.report_runs import Found, Shown, drawn_of, facts_of, find, groups_of
 from ddistill.report.html import write_page
 from ddistill.report.measures import is_student, table
 from ddistill.report.page import Group, Page, Run
@@ -44,9 +45,7 @@ def report(command: Report) -> None:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for run in progress.track(found, description="sampling runs"):
             try:
-                drawn[run.name] = drawn_of(
-                    open_run(run.folder), command.steps, command.samples, command.seed, command.models, prompts
-                )
+                drawn[run.name] = _shown(run, command, prompts)
             except Exception as error:  # one run that fails, in whatever way, must not cost the others their page
                 failed[str(run.folder)] = str(error) if isinstance(error, _IN_WORDS) else repr(error)
     groups = [*groups_of(found, drawn), *groups]
@@ -65,6 +64,18 @@ def report(command: Report) -> None:
     for name, why in failed.items():
         print(f"not shown in full: {name}: {why}", file=sys.stderr)
     print(f"Wrote {command.out / 'index.html'}: {said}", file=sys.stderr, flush=True)
+
+
+def _shown(run: Found, command: Report, prompts: list[str] | None) -> Shown:
+    """Samples of a run: those that an earlier report has drawn, or new ones, which are kept for the next."""
+    asked = {"steps": command.steps, "samples": command.samples, "seed": command.seed, "prompts": prompts}
+    made = identity(run, command.models, **asked)
+    shown = kept(run, made)
+    if shown is None:
+        opened = open_run(run.folder)
+        shown = drawn_of(opened, command.steps, command.samples, command.seed, command.models, prompts)
+        keep(run, made, shown)
+    return shown
 
 
 def commands(run: Found) -> list[str]:
