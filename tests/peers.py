@@ -87,12 +87,23 @@ def losses(folder: Path | None, *names: str) -> dict[str, list[list[float]]]:
     return told
 
 
+def told_of_writing(part: str) -> None:
+    """Print the names of files below folders of this name that the process opens to write, from now on."""
+
+    def tell(event, args):
+        if event == "open" and f"/{part}/" in str(args[0]) and set(str(args[1])) & set("wax+"):
+            print(f"writes {args[0]}", flush=True)
+
+    sys.addaudithook(tell)
+
+
 def commands(folder: Path, flags: list[str]) -> None:
     """The commands of a run, in processes that are joined."""
     from ddistill.cli import main
 
     run = str(folder / "run")
-    assert main(["distill", __file__, "--workdir", run, *flags]) == 0
+    seen = ["--preview-every", "1", "--preview-samples", "10"]
+    assert main(["distill", __file__, "--workdir", run, *seen, *flags]) == 0
     for rest in (
         ["pairs", run, "--out", str(folder / "pairs"), "--count", "20", "--shard-size", "6", "--steps", "3"],
         ["sample", run, "--out", str(folder / "x.npz"), "--n", "11", "--steps", "1"],
@@ -187,6 +198,7 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
     assert join(Peers(processes, process, f"localhost:{port}", join_timeout=120, heartbeat=30))
     for task in tasks:
         if task == "commands":
+            told_of_writing("previews")
             os.environ.update(DDISTILL_PROCESSES=str(processes), DDISTILL_PROCESS=str(process))
             commands(folder / f"commands-{processes}", ["--coordinator", f"localhost:{port}"])
             continue

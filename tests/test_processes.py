@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peers import CUT, STEPS, commands, losses
+from PIL import Image
 
 from ddistill import hosts, launchers
 from ddistill.data.pair_store import open_pairs
@@ -53,6 +54,14 @@ def cut(folder: Path, to: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of the same commands in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    commands(folder, [])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     """Losses by the name of a training: in two and in four processes, and of two that went on in one after the cut."""
     folder, every = tmp_path_factory.mktemp("processes"), ("consistency", "dmd", "progressive")
@@ -78,14 +87,13 @@ def test_the_losses_are_those_of_one_process_with_eight_devices(curves, name, me
     assert len(set(one.values())) > STEPS / 2
 
 
-def test_commands_in_two_processes_give_what_one_gives(curves, tmp_path):
+def test_commands_in_two_processes_give_what_one_gives(curves, alone):
     folder = curves[0] / "commands-2"
-    commands(tmp_path, [])
-    two, one = np.load(folder / "x.npz"), np.load(tmp_path / "x.npz")
+    two, one = np.load(folder / "x.npz"), np.load(alone / "x.npz")
     assert len(two["x"]) == 11
     np.testing.assert_array_equal(two["labels"], one["labels"])
     np.testing.assert_allclose(two["x"], one["x"], rtol=1e-5, atol=1e-5)
-    two, one = open_pairs(folder / "pairs").arrays(), open_pairs(tmp_path / "pairs").arrays()
+    two, one = open_pairs(folder / "pairs").arrays(), open_pairs(alone / "pairs").arrays()
     assert len(two["x"]) == 20
     for name in ("noise", "x", "path"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5)
@@ -95,6 +103,25 @@ def test_commands_in_two_processes_give_what_one_gives(curves, tmp_path):
     starts = read_starts(folder / "run" / "metrics.jsonl")
     assert {stage: len(of) for stage, of in starts.items()} == {"teacher": 1, "student": 1}
     assert len(list((folder / "run" / "events").iterdir())) == 1, "one process writes the log"
+
+
+def test_the_first_of_two_processes_writes_previews_which_are_those_of_one(curves, alone):
+    folder, (first, second) = curves[0] / "commands-2" / "run" / "previews", curves[2]
+    pictures = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert pictures == [f"{name}.png" for name in (
+        "student/00000001-1-step", "student/00000002-1-step", "teacher/00000001-8-steps", "teacher/00000002-8-steps",
+    )]  # fmt: skip
+    written = set(re.findall(r"^writes (.*)$", first, re.MULTILINE))
+    assert written == {str(folder / name) for name in (*pictures, "numbers.jsonl")}
+    assert "writes " not in second
+    one = alone / "run" / "previews"
+    for name in pictures:
+        a, b = (np.asarray(Image.open(of / name)) for of in (folder, one))
+        assert np.count_nonzero(a != b) <= 4 < np.count_nonzero(a == 0)  # a point may lie at the edge of a pixel
+    two, one = (list(map(json.loads, (of / "numbers.jsonl").open())) for of in (folder, one))
+    assert len(two) == len(one) == 4
+    for a, b in zip(two, one, strict=True):
+        assert a.pop("stage") == b.pop("stage") and a == pytest.approx(b, rel=1e-4)
 
 
 def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_with_75(curves):
