@@ -37,7 +37,7 @@ def drawn(monkeypatch):
     """Runs that a report draws, in place of which it draws nothing."""
     names = []
     monkeypatch.setattr(report, "open_run", lambda folder: names.append(folder.name))
-    monkeypatch.setattr(report, "drawn_of", lambda *_: Shown(words="nothing"))
+    monkeypatch.setattr(report, "drawn_of", lambda *_: Shown(words="Drawn by hand."))
     return names
 
 
@@ -83,6 +83,8 @@ def test_all_that_makes_samples_others_lets_them_be_drawn_anew(runs, tmp_path, d
 
     changes = [
         lambda: [],
+        lambda: rewritten(run / "experiment.py", (run / "experiment.py").read_text("utf-8") + "\n"),
+        lambda: monkeypatch.setattr(report_kept, "version", lambda: "another") or [],
         lambda: ["--steps", "2"],
         lambda: ["--samples", "5"],
         lambda: ["--seed", "1"],
@@ -90,8 +92,6 @@ def test_all_that_makes_samples_others_lets_them_be_drawn_anew(runs, tmp_path, d
         lambda: ["--models", models],
         lambda: [*rewritten(models / "vae" / "weights", "12"), "--models", models],
         lambda: ["--models", tmp_path / "gone"],
-        lambda: rewritten(run / "experiment.py", (run / "experiment.py").read_text("utf-8") + "\n"),
-        lambda: monkeypatch.setattr(report_kept, "version", lambda: "another") or [],
     ]
     for number, change in enumerate(changes, 1):
         flags = change()
@@ -120,12 +120,12 @@ def test_a_file_that_is_damaged_or_anothers_is_made_anew(kind, runs, tmp_path, d
     assert drawn == ["pixels"] * 2 and np.load(run / "report.npz")["about"].item() == json.dumps(about)
 
 
-def test_a_run_where_nothing_can_be_written_is_shown_all_the_same(runs, tmp_path, drawn, monkeypatch):
+def test_a_run_where_nothing_can_be_written_is_shown_all_the_same(runs, tmp_path, drawn, monkeypatch, capsys):
     def refused(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(storage, "put", refused)
     for number in (1, 2):
-        assert "nothing" in written(runs / "pixels", tmp_path / "out")
-        assert drawn == ["pixels"] * number
+        assert "Drawn by hand." in written(runs / "pixels", tmp_path / "out")
+        assert drawn == ["pixels"] * number and "not shown" not in capsys.readouterr().err
     assert not (runs / "pixels" / "report.npz").exists()
