@@ -64,14 +64,15 @@ def test_prompts_are_encoded_by_encoders_that_are_read_once_and_know_the_size_of
         drawer(opened._replace(data=data), most=8, most_steps=9)
 
 
-def test_latents_are_shown_by_the_autoencoder_that_evaluate_takes(opened, monkeypatch):
+def test_latents_are_shown_by_the_autoencoder_that_evaluate_takes_whose_pipeline_encodes_prompts(opened, monkeypatch):
     shown, autoencoder = [], lambda x: np.ones((len(x), 64, 64, 3))
     monkeypatch.setattr(served, "open_run", lambda folder: opened)
-    monkeypatch.setattr(served, "models_of", lambda opened, given: given)
-    monkeypatch.setattr(served, "decoder", lambda opened, folder: autoencoder if folder == Path("vae") else None)
-    monkeypatch.setattr(served, "page", lambda opened, **options: shown.append(opened.data.to_unit))
+    monkeypatch.setattr(served, "models_of", lambda opened, given: given or Path("own"))
+    monkeypatch.setattr(served, "decoder", lambda opened, folder: folder and autoencoder)
+    monkeypatch.setattr(served, "page", lambda opened, models, **_: shown.append((opened.data.to_unit, models)))
     monkeypatch.setattr(served, "launch", lambda *args, **options: None)
-    assert main(["serve", "run", "--models", "vae"]) == 0 and shown == [autoencoder]
+    assert main(["serve", "run", "--models", "vae"]) == 0 and main(["serve", "run"]) == 0
+    assert shown == [(autoencoder, Path("vae")), (autoencoder, Path("own"))]
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,9 @@ def serve(command: Serve) -> None:
     if not 0 < command.port < 65536:
         raise ValueError(f"--port {command.port}: give a port from 1 to 65535")
     opened = open_run(command.run)
-    pictures = decoder(opened, models_of(opened, command.models))
-    opened = opened._replace(data=dataclasses.replace(opened.data, to_unit=pictures))
-    blocks = page(opened, most=command.most, most_steps=command.most_steps, models=command.models)
+    models = models_of(opened, command.models)
+    opened = opened._replace(data=dataclasses.replace(opened.data, to_unit=decoder(opened, models)))
+    blocks = page(opened, most=command.most, most_steps=command.most_steps, models=models)
     launch(blocks, command.host, command.port, wait=True)
 
 
