@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from ddistill import sharding
 from ddistill.cli.networks import Networks
 from ddistill.digests import digest_of
+from ddistill.evaluate import clip_score
 from ddistill.hub.features import (
     NETWORKS,
     float32,
@@ -489,6 +490,13 @@ def test_files_of_torch_are_read_as_safetensors_are(tiny, tmp_path):
         assert load_features(TINY, tmp_path / name).digest == tiny.digest
 
 
+def letters_of_clip(folder):
+    """A tokenizer of three letters in a folder; 6 begins a text and 7, the largest number, ends it."""
+    letters = [*"abc", *(f"{c}</w>" for c in "abc"), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
 def test_the_text_side_of_a_clip_is_read_beside_its_image_side(tmp_path):
     pytest.importorskip("tokenizers")
     images = vit("clip", **CLIP | {"projection": 64})
@@ -496,9 +504,7 @@ def test_the_text_side_of_a_clip_is_read_beside_its_image_side(tmp_path):
     assert text_config(NETWORKS["clip-vit-l-14"]) == CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, eos_token_id=2
     )
-    letters = [*"abc", *(f"{c}</w>" for c in "abc"), "<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(letters)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    letters_of_clip(tmp_path)
     params, _, code = abstract(lambda: CLIPTextModelWithProjection(config, rngs=nnx.Rngs(0)))
     text = weights({t.name: t.shape for p, a in params.items() for t in tensors_of(p, a.shape)})
     save_file(text | weights(names_of("features_clip")), tmp_path / "model.safetensors")
@@ -514,6 +520,37 @@ def test_the_text_side_of_a_clip_is_read_beside_its_image_side(tmp_path):
         load_text_features(images, tmp_path, tmp_path, config=dataclasses.replace(config, vocab_size=5))
     with pytest.raises(ValueError, match="missing: text_model.encoder.layers.1"):
         load_text_features(images, tmp_path, tmp_path, config=dataclasses.replace(config, num_hidden_layers=2))
+
+
+@pytest.mark.torch
+def test_clip_score_of_prompts_is_that_of_transformers(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    images = vit("clip", **CLIP | {"image": 12, "projection": 64})
+    config = dataclasses.replace(text_config(images), num_hidden_layers=2, vocab_size=24, max_position_embeddings=6)
+    shared = {"num_attention_heads": 1, "projection_dim": 64}
+    text = shared | {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 24}
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text | {"max_position_embeddings": 6, "eos_token_id": 2},
+        vision_config=transformers_vit(images).config.to_dict(), projection_dim=64,
+    )).eval()  # fmt: skip
+    state = weights({name: tuple(p.shape) for name, p in model.state_dict().items()})
+    model.load_state_dict({name: torch.from_numpy(np.asarray(w)) for name, w in state.items()})
+    model.save_pretrained(tmp_path)
+    letters_of_clip(tmp_path)
+    prompts = ["a b", "cab", "b", "abc c a b c"]
+    # The shorter side needs no resampling, which Pillow's versions do in another order of the axes.
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 18, 12, 3), dtype=np.uint8)
+    tokens = load_text_features(images, tmp_path, tmp_path, config=config).tokenizer(prompts).ids
+    size = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}
+    seen = transformers.CLIPImageProcessorPil(**size)(list(pictures), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(np.array(tokens)), pixel_values=seen)
+        cosines = (out.logits_per_image / model.logit_scale.exp()).diagonal().numpy()
+    embedded = load_features(images, tmp_path).apply(pictures)["embedding"]
+    score = clip_score(embedded, load_text_features(images, tmp_path, tmp_path, config=config)(prompts))
+    assert score == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+    print(cosines, score)
+    assert (cosines < 0).any() and score > 1
 
 
 def test_what_was_judged_by_an_lpips_of_equal_weights_is_compared():
