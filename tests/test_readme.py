@@ -118,13 +118,11 @@ def _value_for(text):
 
 
 def test_the_table_of_methods_is_that_of_the_package():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
-    done = {name: (paper, file) for name, _, paper, file, status in rows if status == "done, tested"}
-    assert done.keys() == METHODS.keys()
-    for name, (paper, file) in done.items():
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == sorted(METHODS)
+    for name, paper, file in rows:
         assert METHODS[name].file in file
         assert METHODS[name].paper.split("arXiv:")[1] in paper
-    assert len(done) == len(rows)
 
 
 def test_linked_and_listed_files_exist():
