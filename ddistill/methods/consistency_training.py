@@ -103,13 +103,15 @@ class ConsistencyTraining:
     teacher is asked, and for a price: where x_t leaves x0 uncertain x_s scatters, and so do the loss, which stays above
     0, and its gradient. neighbours: how t and s are drawn: `Doubling` (iCT), `Growing` (CT) or `Shrinking` (ECT).
     λ = 1/(ρ_t − ρ_s) where weighted. target_ema: decay of the average that is the target; 0 is the student itself
-    behind a stop-gradient (Song & Dhariwal 2023, sec. 3.2), and CT's schedule μ(k) is `Growing().target_decay`.
+    behind a stop-gradient (Song & Dhariwal 2023, sec. 3.2), and CT's schedule μ(k) is `Growing().target_decay`. rate:
+    of the optimiser's learning rate, small since the gradient scatters: in many dimensions samples are noise otherwise.
     """
 
     neighbours: Neighbours = field(default_factory=Doubling)
     distance: Distance = field(default_factory=PseudoHuber)
     weighted: bool = True
     target_ema: Decay = 0.0
+    rate: float = 0.1
     ema: float = 0.99
 
     def __call__(self, process: Process) -> Method:
@@ -133,6 +135,7 @@ class ConsistencyTraining:
         return Method(
             losses={"student": loss},
             init={"student": from_teacher},
+            rate={"student": self.rate},
             ema={"ema": ("student", self.ema), **averages},
             needs=frozenset({"x"}),
             result="ema",

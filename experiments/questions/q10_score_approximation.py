@@ -168,7 +168,7 @@ def trained(seeds: int, steps: int) -> dict[Any, np.ndarray]:
         ("CD, Heun", 20): distilled(20, heun),
         ("CD, Euler", 20): distilled(20, euler),
         ("CD, Euler", 80): distilled(80, euler),
-        ("CT", 80): ConsistencyTraining(Uniform(80)),
+        ("CT", 80): ConsistencyTraining(Uniform(80), rate=1.0),
     }
     runs = {name: Distillation(plane, config, steps) for name, config in configs.items()}
     noises = {name: gradient_noise(plane, pair) for name, pair in PAIRS.items()}
