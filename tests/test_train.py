@@ -11,8 +11,10 @@ import pytest
 from ddistill import sharding
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.log import Silent
-from ddistill.methods.base import Memory, Method, Sampling, Space, from_teacher
+from ddistill.methods import ADD, DMD, GAN, SDS, ConsistencyTraining, RectifiedFlow
+from ddistill.methods.base import Memory, Method, Sampling, Space, from_teacher, rounds
 from ddistill.net import Net
+from ddistill.process import edm
 from ddistill.stages import DivergedError, Stage, run
 from ddistill.train import make_trainer
 
@@ -246,6 +248,12 @@ def test_checkpoints_keep_names_keys_and_dtypes_and_refuse_what_does_not_fit(tmp
         other = {**tree, "layers": {**tree["layers"], "3": jnp.zeros(4)}}
         with pytest.raises(CheckpointError, match=r"layers.3 has shape \(2,\), \(4,\) is expected"):
             checkpoints.restore(other)
+
+
+@pytest.mark.parametrize("config", [ADD, DMD, GAN, SDS, ConsistencyTraining, RectifiedFlow])
+def test_a_methods_rate_is_its_students(config):
+    (only,) = rounds(config(rate=0.25)(edm()))
+    assert only.method.rate["student"] == 0.25
 
 
 def test_methods_and_batches_that_do_not_fit_are_refused_with_words():
