@@ -20,6 +20,7 @@ from ddistill.net import Net
 from ddistill.overrides import describe, differences
 from ddistill.report import Point
 from ddistill.runs import student_stages, teacher_stage
+from ddistill.signals import Stop
 from ddistill.stages import run
 
 Row = dict[str, Any]
@@ -33,12 +34,14 @@ def compare(
     *,
     workdir: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    stop: Stop | None = None,
 ) -> Iterator[Row]:
     """Train the common teacher, distil it with every experiment, and judge all; rows come at the end.
 
     Rows are those of `evaluate`, with `train_s`, the wall time of a student's training. A student is judged at those of
     `steps` that it serves. With a workdir every training goes on where an earlier call stopped. Raises ValueError where
-    the experiments are not on digits or differ in what makes their teacher, or share a name.
+    the experiments are not on digits or differ in what makes their teacher, or share a name, and Stopped where `stop`
+    asks for it, with the training saved if there is a workdir.
     """
     first = experiments[0]
     if not isinstance(first.data, DigitsData):
@@ -57,7 +60,7 @@ def compare(
 
     def train(name: str, plan, start: Net) -> Net:
         where = None if workdir is None else workdir / name
-        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, rule=rule, workdir=where)[-1]
+        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, rule=rule, workdir=where, stop=stop)[-1]
 
     teacher = network
     if not isinstance(first.network, Imported):

@@ -11,6 +11,7 @@ from ddistill.cli import main
 from ddistill.compare import compare, front, markdown
 from ddistill.config import MLPNetwork
 from ddistill.methods import KD, Consistency
+from ddistill.signals import Stop, Stopped
 
 TINY = dataclasses.replace(
     quickstart.experiment(),
@@ -45,6 +46,18 @@ def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains
     again = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path))
     same = ("frechet", "recall", "accuracy")
     assert [[r[k] for k in same] for r in again] == [[r[k] for k in same] for r in rows]
+
+
+def test_a_signal_saves_the_training_that_it_meets(tmp_path):
+    stop = Stop()
+
+    def say(line):
+        if line == "distilling kd":
+            stop.request()
+
+    with pytest.raises(Stopped, match="saved at step 1 of 2") as stopped:
+        list(compare([TINY, ONE_STEP], workdir=tmp_path, say=say, stop=stop))
+    assert stopped.value.status == 75
 
 
 def test_experiments_must_share_their_teacher_and_not_their_name():

@@ -87,7 +87,7 @@ def run(command: Command, flags: Sequence[str], stop: Stop) -> None:
         case Evaluate():
             evaluate(command)
         case Compare():
-            compare(command)
+            compare(command, stop)
         case Report():
             from ddistill.cli.report import report
 
@@ -314,7 +314,7 @@ def export(command: Export) -> None:
     say(f"Wrote {command.to}: {done.scheduler['_class_name']}, {call}; README.md says how to sample")
 
 
-def compare(command: Compare) -> None:
+def compare(command: Compare, stop: Stop) -> None:
     """Compare experiments on digits."""
     from ddistill.compare import compare as compared
     from ddistill.compare import front, markdown
@@ -322,7 +322,7 @@ def compare(command: Compare) -> None:
     if not command.experiments:
         raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
     experiments = [load_experiment(path) for path in command.experiments]
-    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=say))
+    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=say, stop=stop))
     files = " ".join(str(path) for path in command.experiments)
     write_json(command.out.with_suffix(".json"), {"rows": rows})
     picture = command.out.with_suffix(".png")
