@@ -10,6 +10,7 @@ cuDNN is not called or an error is above 2 %.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def main():
         for remat in (False, True) if queries == keys else ():
             for attend in (attention, xla):
                 compiled = jax.jit(deep(attend, remat)).lower(*low[:3]).compile()
-                print(f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:>9.4g}", end="")
+                memory: Any = compiled.memory_analysis()
+                print(f"{memory.temp_size_in_bytes / 2**20:>9.4g}", end="")
         print(flush=True)
     if failed:
         raise SystemExit("attention on this GPU is not cuDNN's, or wrong")

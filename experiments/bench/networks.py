@@ -332,7 +332,7 @@ def rivals(case: Case, size: Size, device: str, against: list[str]) -> dict[str,
     where = torch.device("cuda" if device == "gpu" else "cpu")
     kind = {"device": where, "dtype": getattr(torch, _dtype(device))}
     with torch.device(where):
-        model = getattr(diffusers, case.theirs)(**size.options).to(**kind).eval()
+        model = getattr(diffusers, str(case.theirs))(**size.options).to(**kind).eval()
     x = torch.randn(size.batch, case.channels, size.side, size.side, **kind)
     t = torch.linspace(0.1, 0.9, size.batch, **kind)
     kwargs: dict[str, Any] = {"timestep": t}

@@ -160,7 +160,7 @@ def methods() -> dict[str, Any]:
     from ddistill.process import edm
 
     fake = Auxiliary(stable=False)
-    made = {
+    made: dict[str, Callable[[Any], Any]] = {
         "consistency": Consistency(intervals=18, max_intervals=18, solver=euler),
         "dmd": DMD(fake=fake, times=KarrasRamp(), rate=1.0),
     }
@@ -182,7 +182,7 @@ def started(case: Case, device: str, name: str, mesh: Any = None) -> tuple[Any, 
     adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(1e-4, weight_decay=0.01))
     trainer = make_trainer(method, dict.fromkeys(method.losses, adam), mesh=mesh)
     shape, draw = (case.side, case.side, case.channels), np.random.default_rng(0)
-    batch = {"x": 0.5 * draw.normal(size=(case.batch, *shape)).astype(np.float32)}
+    batch: dict[str, Any] = {"x": 0.5 * draw.normal(size=(case.batch, *shape)).astype(np.float32)}
     if case.classes:
         batch["cond"] = np.arange(case.batch, dtype=np.int32) % case.classes
     teacher = teacher_of(case, device)

@@ -9,7 +9,9 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,7 @@ class SongUNet(nn.Module):
                 dec.append(Block(c + skips.pop(), size, width, attend=attend))
                 c = size
         self.enc, self.dec = nn.ModuleList(enc), nn.ModuleList(dec)
+        self.inward = [block.conv0.in_channels for block in dec]
         self.norm, self.last = norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -98,8 +101,8 @@ class SongUNet(nn.Module):
         for block in self.enc:
             x = block(x, emb)
             skips.append(x)
-        for block in self.dec:
-            if block.conv0.in_channels != x.shape[1]:
+        for block, inward in zip(self.dec, self.inward, strict=True):
+            if inward != x.shape[1]:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return self.last(F.silu(self.norm(x)))
@@ -112,7 +115,8 @@ class DiT(nn.Module):
         super().__init__()
         from diffusers import DiTTransformer2DModel
 
-        self.inner = DiTTransformer2DModel(**options).eval()  # no dropout of labels
+        inner: Any = DiTTransformer2DModel(**options)
+        self.inner = inner.eval()  # no dropout of labels
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
         """Like x."""
@@ -131,7 +135,7 @@ class Steps:
         self.student, self.fake = (copy.deepcopy(network).requires_grad_(True) for _ in range(2))
         self.ema = copy.deepcopy(network)
         self.wrapped = {m: torch.compile(m) if compiled else m for m in (self.teacher, self.student, self.fake)}
-        fused = {"lr": 1e-4, "weight_decay": 0.01, "fused": True}
+        fused: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, "fused": True}
         self.adam = {m: torch.optim.AdamW(m.parameters(), **fused) for m in (self.student, self.fake)}
 
     def denoise(self, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -216,6 +220,6 @@ def calls(steps: Steps, x: Tensor, labels: Tensor | None, times: dict[str, list[
     made: dict[str, Callable[[], object]] = {
         "consistency": lambda: steps.consistency(x, labels),
         "dmd": lambda: steps.dmd(x, labels),
-        **{name: (lambda grid=grid: steps.sample(x, labels, grid)) for name, grid in times.items()},
+        **{name: partial(steps.sample, x, labels, grid) for name, grid in times.items()},
     }
     return {name: repeated(call) for name, call in made.items()}
