@@ -5,6 +5,7 @@ import pytest
 from meshed import ALL, DATA, DEPTH, FSDP, METHODS, trained
 
 from ddistill.plan import hlo
+from ddistill.plan.gathers import least
 
 MODULATION = "transformer_blocks.stack.norm1.linear.kernel"
 
@@ -32,6 +33,13 @@ def sums(made):
     return sum(collectives(made, loops)["all-reduce"].bytes for loops in (True, False))
 
 
+def gathered(made):
+    """Bytes that `plan.gathers` says a step gathers at the least."""
+    parts = [1 if leaf.sharding.is_fully_replicated else 8 for leaf in jax.tree.leaves(made.given[:2])]
+    inputs = made.traced.jaxpr.in_avals
+    return least(made.traced.jaxpr, parts + [1] * (len(inputs) - len(parts)), [], data=1, fsdp=8).gathered
+
+
 def test_consistency_gathers_each_kernel_of_a_block_four_times_and_sums_its_gradient_once():
     """The student at two times and the teacher once, and the student's kernels once more for the backward pass.
 
@@ -48,6 +56,7 @@ def test_consistency_gathers_each_kernel_of_a_block_four_times_and_sums_its_grad
     )
     expected = 3 * sum(rest.values()) - rest["target.linear.kernel"] + again  # a teacher has no target
     assert outside["all-gather"].bytes == expected
+    assert gathered(made) == 4 * sum(split(params, True).values()) + expected  # the least, and the compiler's
     assert trained_bytes(made) - 2**14 <= sums(made) <= 1.01 * trained_bytes(made)  # guidance has no gradient
     assert not {*inside, *outside} - {"all-gather", "all-reduce", "all-to-all"}
 

@@ -253,6 +253,46 @@ def test_each_parameter_is_gathered_once_in_a_block_that_uses_it_twice():
     assert least(step, [1, 1], [0], data=8, fsdp=1).received == pytest.approx(2 * both.summed * 7 / 8)
 
 
+def gathered(function, *args):
+    """In copies of a 64 × 64 kernel of 32 bits, the first argument, which alone is in parts."""
+    return least(jax.make_jaxpr(function)(*args), [4] + [1] * (len(args) - 1), [], data=2, fsdp=4).gathered / 64**2 / 4
+
+
+def test_what_a_loop_leaves_for_the_backward_pass_is_gathered_there_again():
+    """Three blocks whose kernels are cast to 16 bits, forward and backward: six halves of a copy."""
+
+    def loss(w, x):
+        body = lambda x, w: (jnp.tanh(x @ w.astype(jnp.bfloat16)), None)  # noqa: E731
+        return jax.lax.scan(body, x, w)[0].astype(jnp.float32).sum()
+
+    w, x = shape(3, 64, 64), shape(8, 64, dtype=jnp.bfloat16)
+    assert gathered(loss, w, x) == 3 / 2
+    assert gathered(jax.grad(loss), w, x) == 2 * 3 / 2
+
+
+def test_a_loop_that_is_not_over_blocks_gathers_for_each_call_of_the_network():
+    """Five steps of Heun's method, each of two evaluations; one pass of a loop that ends when it will."""
+    net = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    heun = lambda w, x: x + net(w, x + net(w, x))  # noqa: E731
+    w, x = shape(64, 64), shape(8, 64)
+    assert gathered(lambda w, x: jax.lax.scan(lambda x, _: (heun(w, x), None), x, None, 5)[0], w, x) == 5 * 2
+    assert gathered(lambda w, x: jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: heun(w, x), x), w, x) == 2
+
+
+def test_of_branches_the_one_that_gathers_more_counts_and_slices_of_a_kernel_count_each():
+    w, x = shape(64, 64), shape(8, 64)
+    two = lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)  # noqa: E731
+    assert gathered(two, w, x) == 2
+    assert gathered(jax.grad(lambda w, x: two(w, x).sum()), w, x) == 2 + 1  # behind the first product is nothing
+
+    @jax.checkpoint
+    def attention(w, x):  # queries, keys and values of width 16, and twice of what is left
+        q, k, v, o = jnp.split(w, 4, axis=1)
+        return (x @ q) * (x @ k) * (x @ v), x @ o, x @ o
+
+    assert gathered(attention, w, x) == 1
+
+
 def test_the_peak_holds_what_the_backward_pass_needs():
     """A stack keeps every block's input with checkpoints, and what is between its products without them."""
     w, x = shape(20, 64, 64), shape(512, 64)

@@ -1,7 +1,9 @@
 """The least that fully sharded data parallelism must send: each parameter gathered once per use, gradients summed once.
 
-A use is a product, or a loop's or a checkpoint's body that has several: there the parameter is gathered once
-(Rajbhandari et al. 2020, ZeRO-3). Parameters are followed through the jaxpr from the program's arguments to there.
+A use is a product; several products in one checkpoint, or in one pass of a loop over blocks, are one, since there the
+parameter stays gathered (Rajbhandari et al. 2020, ZeRO-3). Parameters are followed through the jaxpr from the program's
+arguments to there. Of branches that of the most bytes counts, of a loop without a known number of passes one pass; rows
+that are looked up in a table are not counted.
 """
 
 import math
@@ -14,6 +16,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from ddistill.plan.work import bodies, is_call
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
+_CHECKPOINTS = ("checkpoint", "remat", "remat2")
+_SLICES = ("slice", "dynamic_slice", "squeeze", "split")
+
+_Parts = frozenset[tuple[int, str]]
+"""The numbers of the arguments that an array is made of, and which slices of them."""
+_NONE: _Parts = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def least(
     where a checkpoint computes it again.
     """
     uses = _Uses()
-    uses.follow(closed.jaxpr, [frozenset({i}) if n > 1 else frozenset() for i, n in enumerate(parts)], 1.0, None)
+    uses.follow(closed.jaxpr, [frozenset({(i, "")}) if n > 1 else _NONE for i, n in enumerate(parts)], 1.0, None)
     gathered = sum(uses.found.values())
     received = gathered / tensor * (fsdp - 1) / fsdp + 2 * uses.carried * 2 * (tensor - 1) / tensor
     summed = 0.0
@@ -57,13 +65,11 @@ class _Uses:
         self.carried = 0.0
         self.count = 0
 
-    def follow(
-        self, jaxpr: Jaxpr, given: Sequence[frozenset[int]], times: float, body: int | None
-    ) -> list[frozenset[int]]:
-        """Where parameters go; body: the number of the loop's body or checkpoint that this is part of."""
-        known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, given, strict=True))
+    def follow(self, jaxpr: Jaxpr, given: Sequence[_Parts], times: float, body: int | None) -> list[_Parts]:
+        """Where parameters go; body: the number of the checkpoint, or of the loop over blocks, that this is part of."""
+        known: dict[Any, _Parts] = dict(zip(jaxpr.invars, given, strict=True))
         for equation in jaxpr.eqns:
-            into = [frozenset() if isinstance(v, Literal) else known.get(v, frozenset()) for v in equation.invars]
+            into = [_NONE if isinstance(v, Literal) else known.get(v, _NONE) for v in equation.invars]
             name = equation.primitive.name
             if not any(into):
                 continue
@@ -73,36 +79,60 @@ class _Uses:
                         self._use(v.aval, which, times, body)
                 continue
             if name == "scan":
-                outs = self._scan(equation, into, times)
+                outs = self._scan(equation, into, times, body)
+            elif name == "while":
+                outs = self._while(equation, into, times, body)
+            elif name == "cond":
+                outs = self._cond(equation, into, times, body)
             elif is_call(equation):
-                again = self._number() if name in ("checkpoint", "remat", "remat2") else body
+                again = self._number() if name in _CHECKPOINTS else body
                 outs = self.follow(bodies(equation)[0], into, times, again)
             elif bodies(equation):
                 continue
             else:
-                together = frozenset().union(*into)
-                outs = [together if _whole(v, equation) else frozenset() for v in equation.outvars]
+                together = _NONE.union(*into)
+                outs = [_part(v, i, equation, together) for i, v in enumerate(equation.outvars)]
             known.update(zip(equation.outvars, outs, strict=True))
-        return [frozenset() if isinstance(v, Literal) else known.get(v, frozenset()) for v in jaxpr.outvars]
+        return [_NONE if isinstance(v, Literal) else known.get(v, _NONE) for v in jaxpr.outvars]
 
-    def _scan(self, equation: Any, into: Sequence[frozenset[int]], times: float) -> list[frozenset[int]]:
+    def _scan(self, equation: Any, into: Sequence[_Parts], times: float, body: int | None) -> list[_Parts]:
         params = equation.params
         length, inner = params["length"], params["jaxpr"].jaxpr
         # What is carried from pass to pass are samples and sums of gradients, no parameters.
         fixed, carry = params["num_consts"], params["num_carry"]
-        given = [frozenset() if fixed <= i < fixed + carry else which for i, which in enumerate(into)]
+        blocks = into[fixed + carry :]
         before = len(self.found)
-        self.follow(inner, given, times * length, self._number())
-        if len(self.found) > before and sum(len(which) for which in into[fixed + carry :]) > 0:
+        # A loop that has no block of its own in each pass, as an integrator's, may call a whole network several times.
+        given = [*into[:fixed], *[_NONE] * carry, *blocks]
+        outs = self.follow(inner, given, times * length, self._number() if any(blocks) else body)
+        if len(self.found) > before and any(blocks):
             tokens = sum(_size(v.aval) for v in equation.invars[fixed : fixed + carry] if len(v.aval.shape) > 2)
-            again = any(e.primitive.name in ("checkpoint", "remat", "remat2") for e in inner.eqns)
+            again = any(e.primitive.name in _CHECKPOINTS for e in inner.eqns)
             self.carried += times * length * tokens * (2 if again else 1)
-        return [frozenset()] * len(equation.outvars)
+        # What passes leave for the backward one may be parameters, cast.
+        return [*[_NONE] * carry, *outs[carry:]]
 
-    def _use(self, aval: Any, which: frozenset[int], times: float, body: int | None) -> None:
-        key = (self._number() if body is None else body, which, aval.size)
-        size = _size(aval) * times
-        self.found[key] = max(self.found.get(key, 0.0), size)
+    def _while(self, equation: Any, into: Sequence[_Parts], times: float, body: int | None) -> list[_Parts]:
+        start = 0
+        for part in ("cond", "body"):
+            inner, end = equation.params[f"{part}_jaxpr"].jaxpr, start + equation.params[f"{part}_nconsts"]
+            self.follow(inner, [*into[start:end], *[_NONE] * (len(inner.invars) - (end - start))], times, body)
+            start = end
+        return [_NONE] * len(equation.outvars)
+
+    def _cond(self, equation: Any, into: Sequence[_Parts], times: float, body: int | None) -> list[_Parts]:
+        before, carried = self.found, self.carried
+        seen = []
+        for branch in bodies(equation):
+            self.found, self.carried = dict(before), carried
+            outs = self.follow(branch, into[1:], times, body)
+            seen.append((sum(self.found.values()), self.found, self.carried, outs))
+        _, self.found, self.carried, _ = max(seen, key=lambda one: one[0])
+        return [_NONE.union(*which) for which in zip(*(one[3] for one in seen), strict=True)]
+
+    def _use(self, aval: Any, which: _Parts, times: float, body: int | None) -> None:
+        key = self._number() if body is None else body, which
+        self.found[key] = max(self.found.get(key, 0.0), _size(aval) * times)
 
     def _number(self) -> int:
         self.count += 1
@@ -113,8 +143,11 @@ def _size(aval: Any) -> float:
     return float(math.prod(aval.shape) * aval.dtype.itemsize)
 
 
-def _whole(v: Any, equation: Any) -> bool:
-    """Whether a result has as many entries as the largest operand: a parameter in another form, or changed."""
-    sizes = [getattr(operand.aval, "size", 0) for operand in equation.invars]
-    name = equation.primitive.name
-    return v.aval.size == max(sizes, default=0) or name in ("slice", "dynamic_slice", "squeeze", "split")
+def _part(v: Any, i: int, equation: Any, which: _Parts) -> _Parts:
+    """What a result is made of where it is parameters in another form, or changed: as large as they, or a slice."""
+    largest = max(getattr(operand.aval, "size", 0) for operand in equation.invars)
+    if v.aval.size == largest:
+        return which
+    if equation.primitive.name in _SLICES:
+        return frozenset((n, f"{slices} {i} {equation.params}") for n, slices in which)
+    return _NONE
