@@ -137,6 +137,22 @@ submit() {
     printf 'job %s, log in %s\n' "${number%%;*}" "$notes/log"
 }
 
+# task EXPERIMENT FLAGS...: one process. srun answers the highest status of all, and one that fails should not hide behind
+# the 75 of those that leave because of it: 1 and 2 become 101 and 102. JAX may abort those instead, which is 75 as well.
+task() {
+    local status=0 said
+    said=$(mktemp)
+    trap : TERM
+    ddistill distill "$@" 2> >(trap '' TERM; exec tee "$said" >&2) || status=$?
+    if ((status == 134)); then
+        sleep 1 # tee may be behind; it does not end while what the process left behind can write
+        if grep -q 'Terminating process because the JAX distributed service detected fatal errors' "$said"; then status=75; fi
+    fi
+    rm -f "$said"
+    case $status in 1 | 2) status=$((status + 100)) ;; esac
+    exit "$status"
+}
+
 # job EXPERIMENT FLAGS...: the batch script itself, on the first node.
 job() {
     local crashes status heard=0 stopping=0 notes
@@ -151,12 +167,13 @@ job() {
     # Unlike the rest of what sbatch was asked for, srun does not take this over.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     # One process that ends does not end the others, which may be saving; ten minutes after the first one they are.
-    srun --kill-on-bad-exit=0 --wait=600 --label ddistill distill "$@" &
+    srun --kill-on-bad-exit=0 --wait=600 --label bash -c "$(declare -f task); task \"\$@\"" task "$@" &
     while :; do
         heard=0 status=0
         wait "$!" || status=$?
         ((heard)) || break
     done
+    case $status in 101 | 102) status=$((status - 100)) ;; esac
     note "ended with status $status"
     if ((status == 0)); then
         rm -f "$notes/crashes"

@@ -10,7 +10,8 @@ Keep a run going on this machine.
   bash experiments/supervise.sh start RUN [--restarts N] [--pause SECONDS] -- COMMAND...
       run COMMAND in the background, here, with its output in a log, and begin it anew when it ends before it is done:
         exit status 0      it is done
-        75 (EX_TEMPFAIL)   it was told to leave and has saved, or others of its run are gone: begun again, however often
+        75 (EX_TEMPFAIL)   it was told to leave and has saved, or others of its run are gone: begun again, however often;
+                           134 is the same where JAX says in the log that it ends the process since others are gone
         2                  it was asked for something impossible: its words are in the log, and it is not begun again
         130                it was interrupted by hand: not begun again
         any other          it crashed: begun again after a pause of 5 s, then 10, 20, ... at most 300 s, until it has
@@ -102,7 +103,8 @@ start() {
 
 # loop RUN RESTARTS PAUSE COMMAND...: the supervisor, in the foreground.
 loop() {
-    local folder=$runs/$1 restarts=$2 pause=$3 crashes=0 begun=0 wait_for=0 since status heard pid
+    local folder=$runs/$1 restarts=$2 pause=$3 crashes=0 begun=0 wait_for=0 since before status heard pid
+    local lost='Terminating process because the JAX distributed service detected fatal errors' # slurm.sh has it as well
     shift 3
     exec 9>>"$folder/lock"
     flock --timeout 10 9 || { note 'another supervisor runs this already'; exit 1; }
@@ -114,7 +116,7 @@ loop() {
     printf '%s\n' "$BASHPID" >"$folder/supervisor"
     while :; do
         begun=$((begun + 1))
-        since=$SECONDS
+        since=$SECONDS before=$(wc -c <"$folder/log")
         printf 'running\n%s\n%s\n' "$begun" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$folder/state"
         note "begin $begun: $*"
         setsid "$@" 9>&- &
@@ -131,6 +133,10 @@ loop() {
         if [[ -e $folder/stop || $status == 130 ]]; then ending stopped 'stopped; start it again to go on' 0; fi
         if [[ $status == 2 ]]; then ending failed 'not begun again: the command cannot be carried out' 1; fi
         if ((leaving)); then note 'this machine goes down; not begun again'; exit 75; fi
+        if [[ $status == 134 ]] && grep -q "$lost" < <(tail -c "+$((before + 1))" "$folder/log"); then
+            note 'JAX has ended it, since others of its run are gone'
+            status=75
+        fi
         if [[ $status == 75 ]]; then
             crashes=0 wait_for=$((SECONDS - since < 30 ? pause : 0))
         else

@@ -26,6 +26,20 @@ trap 'echo $((n + 1)) >"$counter"; exit 75' TERM
 until [[ -e $4/enough ]]; do sleep 0.1 & wait $!; done
 """
 
+# In place of srun: one task after the other; it answers the highest status.
+SRUN = """while [[ $1 == --* ]]; do shift; done
+most=0
+for end in $STATUSES; do
+    status=0
+    END=$end "$@" || status=$?
+    if ((status > most)); then most=$status; fi
+done
+exit $most"""
+# In place of ddistill: it ends with a status, or as JAX 0.10 ends a process whose connection to another one broke.
+ENDING = """if [[ $END != gone ]]; then exit $END; fi
+echo "client.h:80] Terminating process because the JAX distributed service detected fatal errors." >&2
+exit 134"""
+
 # The smallest training.
 EXPERIMENT = """
 from dataclasses import dataclass
@@ -134,16 +148,19 @@ def test_sbatch_reads_what_the_script_asks_of_it():
         ((1, 134, 75, 137, 1, 1), (1, 134, 75, 137, 1, 1), 5),  # two crashes in a row are allowed, three are not
         ((2,), (2,), 0),
         ((130,), (130,), 0),
+        (("gone 75", "75 gone", "gone gone", "75 gone", "75 0"), (75,) * 5, 5),  # JAX's abort of those that are left
+        (("1 gone", "75 1", "134 gone"), (1, 1, 134), 2),  # which does not hide what it follows from
+        (("75 2",), (2,), 0),
     ],
 )
-def test_what_a_batch_script_does_with_the_status_of_its_step(tmp_path, statuses, ends, requeued):
-    for name, text in {"srun": "exit $STATUS", "scontrol": f'echo "$@" >>{tmp_path}/asked'}.items():
+def test_what_a_batch_script_does_with_the_statuses_of_its_tasks(tmp_path, statuses, ends, requeued):
+    for name, text in {"srun": SRUN, "ddistill": ENDING, "scontrol": f'echo "$@" >>{tmp_path}/asked'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "DDISTILL_CRASHES": "2"}
     seen = []
     for status in statuses:
-        environment = {**job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status)}
+        environment = {**job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUSES": str(status)}
         seen.append(run("job", SCRIPT, "--workdir", tmp_path / "r", **environment).returncode)
     assert tuple(seen) == ends
     asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []

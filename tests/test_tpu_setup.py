@@ -325,6 +325,10 @@ def test_what_the_cloud_refuses_is_said(cloud):
     assert not any(" create " in call for call in cloud.calls())
 
 
+# What JAX 0.10 says before it aborts a process whose connection to another one broke.
+GONE = "client.h:80] Terminating process because the JAX distributed service detected fatal errors."
+
+
 def supervise(folder, *words):
     return run(*words, script=SUPERVISE, DDISTILL_RUNS=str(folder))
 
@@ -341,20 +345,23 @@ def runs(tmp_path):
         ((75, 75, 75, 0), "finished", 4),  # preemptions do not count
         ((1, 1, 75, 1, 1, 0), "finished", 6),  # nor crashes before them
         ((1, 134, 137), "failed", 3),
+        (("gone", "gone", "gone", 0), "finished", 4),  # JAX's abort of those that are left
+        (("gone", 134, 1, 134), "failed", 4),  # any other abort is a crash
         ((2,), "failed", 1),
         ((130,), "stopped", 1),
     ],
 )
 def test_a_supervisor_begins_again_what_may_succeed(runs, tmp_path, statuses, end, begun):
     write(tmp_path / "command", f'#!/bin/bash\nset -- {" ".join(map(str, statuses))}\nn=$(cat {tmp_path}/n || echo 0)\n'
-          f'echo $((n + 1)) >{tmp_path}/n\nshift $n\nexit $1\n')  # fmt: skip
+          f'echo $((n + 1)) >{tmp_path}/n\nshift $n\n'
+          f'if [[ $1 == gone ]]; then echo "{GONE}" >&2; exit 134; fi\nexit $1\n')  # fmt: skip
     supervise(runs, "start", "r", "--restarts", "2", "--pause", "0", "--", tmp_path / "command")
     until(lambda: supervise(runs, "state", "r").stdout != "running\n")
     assert supervise(runs, "state", "r").stdout == f"{end}\n"
     assert (tmp_path / "n").read_text() == f"{begun}\n"
     log = supervise(runs, "log", "r").stdout
     assert [int(line.split("status ")[1].split()[0]) for line in log.splitlines() if "status" in line] == [
-        *statuses[:begun]
+        134 if status == "gone" else status for status in statuses[:begun]
     ]
 
 
