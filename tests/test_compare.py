@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 from PIL import Image
@@ -9,9 +11,8 @@ from PIL import Image
 from ddistill import quickstart
 from ddistill.cli import main
 from ddistill.compare import compare, front, markdown
-from ddistill.config import MLPNetwork
+from ddistill.config import Data, MLPNetwork
 from ddistill.methods import KD, Consistency
-from ddistill.signals import Stop, Stopped
 
 TINY = dataclasses.replace(
     quickstart.experiment(),
@@ -48,18 +49,6 @@ def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains
     assert [[r[k] for k in same] for r in again] == [[r[k] for k in same] for r in rows]
 
 
-def test_a_signal_saves_the_training_that_it_meets(tmp_path):
-    stop = Stop()
-
-    def say(line):
-        if line == "distilling kd":
-            stop.request()
-
-    with pytest.raises(Stopped, match="saved at step 1 of 2") as stopped:
-        list(compare([TINY, ONE_STEP], workdir=tmp_path, say=say, stop=stop))
-    assert stopped.value.status == 75
-
-
 def test_experiments_must_share_their_teacher_and_not_their_name():
     other = dataclasses.replace(TINY, name="other", network=MLPNetwork(width=32))
     with pytest.raises(ValueError, match=r"other has another teacher than consistency: network\.width: 16"):
@@ -81,3 +70,32 @@ def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "page.png").size[0] > 1000
     assert json.loads((tmp_path / "page.json").read_text())["rows"][-1]["sampler"] == "consistency"
     assert main(["compare", "--out", "page.md"]) == 2
+
+
+def test_the_command_that_is_told_to_leave_saves_its_step_and_goes_on_there(tmp_path, monkeypatch, capsys):
+    from ddistill.cli import commands
+
+    taken, source = [], Data.source
+
+    def told(data, *args):
+        batches = source(data, *args)
+
+        def batch(step):
+            taken.append(step)
+            if taken == [0, 1, 2, 0, 1]:  # of the student, after the steps of the teacher
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batches(step)
+
+        return batch
+
+    monkeypatch.setattr(Data, "source", told)
+    monkeypatch.setattr(commands, "load_experiment", lambda path: dataclasses.replace(TINY, steps=20))
+    words = ["compare", "tiny.py", "--out", str(tmp_path / "page.md"), "--workdir", str(tmp_path / "runs")]
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(words) == 75
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "page.md").exists()
+    (step,) = (p.name for p in (tmp_path / "runs/consistency/checkpoints/student").iterdir() if p.is_dir())
+    assert f"saved at step {step} of 20. The same command goes on" in capsys.readouterr().err and int(step) < 20
+    taken.clear()
+    assert main(words) == 0
+    assert taken == list(range(int(step), 20)) and "consistency" in (tmp_path / "page.md").read_text()

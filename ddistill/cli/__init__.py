@@ -416,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers: Peers | None = getattr(command, "peers", None)
         if peers is not None and not getattr(command, "dry_run", False) and not {"-h", "--help"} & set(flags):
             join(peers)
-        with nullcontext(Stop()) if peers is None else on_signals() as stop, leaving_lost_peers():
+        hears = peers is not None or isinstance(command, Compare)
+        with on_signals() if hears else nullcontext(Stop()) as stop, leaving_lost_peers():
             from ddistill.cli import commands
 
             commands.run(command, flags, stop)
