@@ -1,5 +1,6 @@
 """`ddistill report`: runs and rows of benchmarks as one page."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -122,11 +123,11 @@ def read_rows(path: Path) -> list[Row]:
 def _again(command: Report) -> str:
     """The command line of the command."""
     words = ["ddistill", "report", *map(str, command.runs)]
-    for name in ("steps", "samples", "seed", "limit", "title", "prompts", "models", "out"):
-        value = getattr(command, name)
-        if value != getattr(Report, name) or name == "out":
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
+    for flag in dataclasses.fields(command):
+        value = getattr(command, flag.name)
+        if flag.name not in ("runs", "out") and value != flag.default:
+            words += [f"--{flag.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join([*words, "--out", str(command.out)])
 
 
 def _title(found: Sequence[Found], groups: Sequence[Group]) -> str:
