@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ddistill.launchers import Cluster, Peers, found
-from ddistill.signals import RESTART
+from ddistill.signals import RESTART, on_signals
 
 PATIENCE = 5.0
 """Seconds that a process which leaves by itself waits for others that leave as well."""
@@ -32,7 +32,8 @@ def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
     """Join the processes of this command, if there are others; answers whether it did. Call it before JAX is used.
 
     Where peers are missing for `join_timeout` seconds the process ends, with status 75, which asks for another try:
-    JAX, whose client aborts the process, leaves no other way. Raises ValueError as `found`.
+    JAX, whose client aborts the process, leaves no other way. Raises ValueError as `found`, and Stopped at a signal
+    while the processes tell each other their devices.
     """
     import jax
 
@@ -59,7 +60,8 @@ def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
             initialization_timeout=peers.join_timeout + 60, heartbeat_timeout_seconds=peers.heartbeat,
             shutdown_timeout_seconds=max(60, peers.heartbeat), **options,
         )  # fmt: skip
-        jax.device_count()  # the devices of all are made known to all, which waits for all
+        with on_signals():  # which JAX now hears in their place, and tells a training alone
+            jax.device_count()  # the devices of all are made known to all, which waits for all
     except ValueError as error:  # of a cluster that JAX does not see as one
         if cluster.coordinator is not None or "should be defined" not in str(error):
             raise

@@ -16,10 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from ddistill import seals
+from ddistill import hosts, seals
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.cli import commands, main
-from ddistill.hosts import Busy
 from ddistill.log import RunLog, Silent
 from ddistill.methods.base import Method, Sampling
 from ddistill.net import Net
@@ -275,7 +274,7 @@ def test_the_command_leaves_with_75_when_preempted_and_says_how_to_go_on(monkeyp
 
 def test_the_command_asks_for_a_later_try_where_another_trains(monkeypatch, capsys):
     def busy(*_):
-        raise Busy("another process, 7, is training in runs/x")
+        raise hosts.Busy("another process, 7, is training in runs/x")
 
     monkeypatch.setattr(commands, "run", busy)
     assert main(["distill", "x.py"]) == 75
@@ -296,6 +295,20 @@ def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, undist
     np.testing.assert_array_equal(train(tmp_path, source=None), undisturbed)
 
 
+def test_a_process_that_leaves_alone_does_not_wait_for_others_and_one_that_leaves_with_them_does(monkeypatch):
+    ended, waited, others = [], [], threading.Event()
+    monkeypatch.setattr(hosts, "PATIENCE", 0.1)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: waited.append(others.wait(20)))  # they do not leave
+    assert hosts.leave(Stopped("told")) == 75 and not ended, "there are no others"
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert hosts.leave(Stopped("told", together=True)) == 75 and not ended
+    for stopped, status in ((Stopped("told"), 75), (KeyboardInterrupt(), 130)):
+        hosts.leave(stopped)
+        assert ended.pop() == status and not ended and not waited
+    others.set()
+
+
 def test_processes_that_are_connected_leave_at_once_outside_a_training_and_with_jax_within(tmp_path):
     script = tmp_path / "connected.py"
     script.write_text(CONNECTED)
@@ -305,17 +318,31 @@ def test_processes_that_are_connected_leave_at_once_outside_a_training_and_with_
     words = [sys.executable, str(script), str(port)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["75", "130", "together", "75"]
+    assert done.stdout.split() == ["75", "75", "130", "together", "75"]
 
 
 CONNECTED = """
 import os, signal, sys, time
+from unittest import mock
 
 import jax
 
+from ddistill import hosts
+from ddistill.launchers import Cluster, Peers
 from ddistill.signals import Stopped, on_signals
 
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", 1, 0)
+
+def told():  # while processes wait for each other's devices
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 1
+
+
+one = Cluster("one", f"localhost:{sys.argv[1]}", 1, 0)
+try:
+    with mock.patch.object(hosts, "found", lambda *_: one), mock.patch.object(jax, "device_count", told):
+        hosts.join(Peers())
+except Stopped as stopped:
+    print(stopped.status)
 
 
 def tell(number, stop):
