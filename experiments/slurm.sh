@@ -138,7 +138,8 @@ submit() {
 }
 
 # task EXPERIMENT FLAGS...: one process. srun answers the highest status of all, and one that fails should not hide behind
-# the 75 of those that leave because of it: 1 and 2 become 101 and 102. JAX may abort those instead, which is 75 as well.
+# the 75 of those that leave because of it: 1 and 2 become 101 and 102. JAX may abort those instead, which is 75 as well,
+# and so is 143, SIGTERM before ddistill hears it.
 task() {
     local status=0 said
     said=$(mktemp)
@@ -149,7 +150,10 @@ task() {
         if grep -q 'Terminating process because the JAX distributed service detected fatal errors' "$said"; then status=75; fi
     fi
     rm -f "$said"
-    case $status in 1 | 2) status=$((status + 100)) ;; esac
+    case $status in
+        1 | 2) status=$((status + 100)) ;;
+        143) status=75 ;;
+    esac
     exit "$status"
 }
 

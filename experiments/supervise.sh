@@ -11,7 +11,8 @@ Keep a run going on this machine.
       run COMMAND in the background, here, with its output in a log, and begin it anew when it ends before it is done:
         exit status 0      it is done
         75 (EX_TEMPFAIL)   it was told to leave and has saved, or others of its run are gone: begun again, however often;
-                           134 is the same where JAX says in the log that it ends the process since others are gone
+                           134 is the same where JAX says in the log that it ends the process since others are gone,
+                           and 143, SIGTERM before ddistill hears it
         2                  it was asked for something impossible: its words are in the log, and it is not begun again
         130                it was interrupted by hand: not begun again
         any other          it crashed: begun again after a pause of 5 s, then 10, 20, ... at most 300 s, until it has
@@ -133,7 +134,9 @@ loop() {
         if [[ -e $folder/stop || $status == 130 ]]; then ending stopped 'stopped; start it again to go on' 0; fi
         if [[ $status == 2 ]]; then ending failed 'not begun again: the command cannot be carried out' 1; fi
         if ((leaving)); then note 'this machine goes down; not begun again'; exit 75; fi
-        if [[ $status == 134 ]] && grep -q "$lost" < <(tail -c "+$((before + 1))" "$folder/log"); then
+        if [[ $status == 143 ]]; then
+            status=75
+        elif [[ $status == 134 ]] && grep -q "$lost" < <(tail -c "+$((before + 1))" "$folder/log"); then
             note 'JAX has ended it, since others of its run are gone'
             status=75
         fi

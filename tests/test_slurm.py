@@ -149,7 +149,9 @@ def test_sbatch_reads_what_the_script_asks_of_it():
         ((2,), (2,), 0),
         ((130,), (130,), 0),
         (("gone 75", "75 gone", "gone gone", "75 gone", "75 0"), (75,) * 5, 5),  # JAX's abort of those that are left
+        (("143 75", "143 143", "143 143", "0 0"), (75, 75, 75, 0), 3),  # told to leave before ddistill hears it
         (("1 gone", "75 1", "134 gone"), (1, 1, 134), 2),  # which does not hide what it follows from
+        (("143 137",), (137,), 1),
         (("75 2",), (2,), 0),
     ],
 )

@@ -346,6 +346,7 @@ def runs(tmp_path):
         ((1, 1, 75, 1, 1, 0), "finished", 6),  # nor crashes before them
         ((1, 134, 137), "failed", 3),
         (("gone", "gone", "gone", 0), "finished", 4),  # JAX's abort of those that are left
+        ((143, 143, 143, 0), "finished", 4),  # told to leave before ddistill hears it
         (("gone", 134, 1, 134), "failed", 4),  # any other abort is a crash
         ((2,), "failed", 1),
         ((130,), "stopped", 1),
