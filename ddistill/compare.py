@@ -2,46 +2,44 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ddistill import sharding
-from ddistill.config import DigitsData, Experiment, Imported
+from ddistill.config import DigitsData, Experiment, Imported, resolved
 from ddistill.data.digits import load_digits
 from ddistill.evaluate.digits import evaluate
 from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
+from ddistill.goodput import of_starts, read_starts
 from ddistill.integrators import dpmpp_2m, heun
 from ddistill.methods.base import rounds
 from ddistill.net import Net
-from ddistill.overrides import describe, differences
+from ddistill.overrides import describe
 from ddistill.report import Point
-from ddistill.runs import student_stages, teacher_stage
+from ddistill.runs import distil, teacher_differences
 from ddistill.signals import Stop
-from ddistill.stages import run
 
 Row = dict[str, Any]
-
-_OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
 
 
 def compare(
     experiments: Sequence[Experiment],
     steps: Sequence[int] = (1, 2, 4),
     *,
-    workdir: Path | None = None,
+    workdir: Path,
+    files: Sequence[Path | None] | None = None,
     say: Callable[[str], None] = lambda line: None,
     stop: Stop | None = None,
 ) -> Iterator[Row]:
-    """Train the common teacher, distil it with every experiment, and judge all; rows come at the end.
+    """Distil one teacher with every experiment, in runs below `workdir`, and judge all; rows come at the end.
 
-    Rows are those of `evaluate`, with `train_s`, the wall time of a student's training. A student is judged at those of
-    `steps` that it serves. With a workdir every training goes on where an earlier call stopped. Raises ValueError where
-    the experiments are not on digits or differ in what makes their teacher, or share a name, and Stopped where `stop`
-    asks for it, with the training saved if there is a workdir.
+    Rows are those of `evaluate`, with `train_s`, the wall time of a student's training, over all its starts. A student
+    is judged at those of `steps` that it serves. The first run trains the teacher, and the others take it from there;
+    every run goes on where an earlier call stopped. files: those that the experiments are from, with which the runs can
+    be opened. Raises ValueError where the experiments are not on digits or differ in what makes their teacher, or share
+    a name, and Stopped where `stop` asks for it, with the training saved.
     """
     first = experiments[0]
     if not isinstance(first.data, DigitsData):
@@ -50,33 +48,29 @@ def compare(
     if len(set(names)) < len(names):
         raise ValueError(f"experiments must have different names; given {', '.join(names)}")
     for e in experiments[1:]:
-        lines = [line for name in _OF_TEACHER for line in _differ(first, e, name)]
-        if lines:
+        if lines := teacher_differences(describe(first), describe(e)):
             raise ValueError(f"{e.name} has another teacher than {first.name}: {'; '.join(lines[:4])}")
-    data, digits, process = first.data.load(), load_digits(first.data.seed), first.process
-    key = jax.random.key(first.seed)
-    network = first.network.build(data, process, jax.random.fold_in(key, 0))
-    mesh, rule = sharding.make_mesh(first.fsdp, first.tensor), sharding.rule_of(first.layout)
-
-    def train(name: str, plan, start: Net) -> Net:
-        where = None if workdir is None else workdir / name
-        return run(plan, start, jax.random.fold_in(key, 1), mesh=mesh, rule=rule, workdir=where, stop=stop)[-1]
-
-    teacher = network
-    if not isinstance(first.network, Imported):
-        say("training the teacher")
-        teacher = train("teacher", [teacher_stage(first, data)], network)
+    trained = None if isinstance(first.network, Imported) else workdir / first.name
+    results = {}
+    for e, file in zip(experiments, files or [None] * len(experiments), strict=True):
+        say(f"distilling {e.name}")
+        results[e.name] = distil(
+            e, workdir / e.name, source=file, teacher_from=None if e is first else trained, stop=stop
+        )  # fmt: skip
+    teacher, process = results[first.name].teacher, resolved(first).process
     plan = [teacher_sampler(teacher, process, heun, 18, "teacher, Heun")]
     plan += [teacher_sampler(teacher, process, dpmpp_2m, n, "teacher, DPM-Solver++(2M)") for n in (8, *steps)]
-    wall = {}
     for e in experiments:
-        say(f"distilling {e.name}")
-        begin = time.monotonic()
-        student = train(e.name, student_stages(e, data), teacher)
-        wall[e.name] = time.monotonic() - begin
-        plan += _students(e, student, steps)
-    for row in evaluate(digits, process, plan):
+        plan += _students(resolved(e), results[e.name].student, steps)
+    wall = {name: _training(workdir / name) for name in names}
+    for row in evaluate(load_digits(first.data.seed), process, plan):
         yield {**row, "train_s": wall.get(row["sampler"])}
+
+
+def _training(run: Path) -> float:
+    """Seconds that a run's student took, over all its starts."""
+    stages = read_starts(run / "metrics.jsonl")
+    return sum(sum(of_starts(starts).seconds.values()) for name, starts in stages.items() if name != "teacher")
 
 
 def _students(experiment: Experiment, student: Net, steps: Sequence[int]) -> list[Sampler]:
@@ -89,10 +83,6 @@ def _students(experiment: Experiment, student: Net, steps: Sequence[int]) -> lis
             continue
         samplers.append(dataclasses.replace(sampler, name=experiment.name))
     return samplers
-
-
-def _differ(a: Experiment, b: Experiment, name: str) -> list[str]:
-    return differences(describe(getattr(a, name)), describe(getattr(b, name)), name)
 
 
 def front(rows: Sequence[Row]) -> tuple[dict[str, list[Point]], dict[str, Point]]:

@@ -10,16 +10,16 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ddistill import hosts, sharding, storage
+from ddistill import hosts, seals, sharding, storage
 from ddistill.checkpoint import CheckpointError, Checkpoints
-from ddistill.config import Data, Experiment, Imported, resolved
+from ddistill.config import Data, Experiment, Imported, PairsData, resolved
 from ddistill.data import Source
 from ddistill.data.loading import part_of
 from ddistill.data.pairs import fresh_pairs, teacher_pairs
@@ -154,27 +154,34 @@ def distil(
     *,
     source: Path | str | None = None,
     overrides: Sequence[str] = (),
+    teacher_from: Path | str | None = None,
     stop: Stop | None = None,
     profile: range | None = None,
 ) -> Result:
     """Train the teacher and distil it; with a workdir, go on where an earlier call in the same folder stopped.
 
     log: by default metrics in the workdir and a progress bar, or nothing without a workdir. source, overrides: the file
-    and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it. stop: asked after
-    each step; where it says so the step is saved and Stopped raised. profile: the steps of each stage of which a
-    profiler's trace is written to the workdir's profile/.
+    and flags that the experiment came from, kept in the workdir so that `open_run` can rebuild it. teacher_from: a run
+    whose teacher is copied into the workdir, in place of training the same once more; its student need not be trained.
+    stop: asked after each step; where it says so the step is saved and Stopped raised. profile: the steps of each stage
+    of which a profiler's trace is written to the workdir's profile/.
     workdir: a folder that all processes of the run share, on disk or in a bucket (gs://, s3://).
-    Raises ValueError where the workdir holds another experiment or unrelated files, OSError where it cannot be written,
-    hosts.Busy where another command trains in it.
+    Raises ValueError where the workdir holds another experiment or unrelated files, or the teacher is another one or
+    unfinished, OSError where it cannot be written, hosts.Busy where another command trains in it.
     """
     experiment = resolved(experiment)
     data = experiment.data.load()
     plan = stages(experiment, data)
     if workdir is None:
+        if teacher_from is not None:
+            raise ValueError("a teacher is taken from another run into a workdir: give one")
         return _run(experiment, data, plan, None, log, stop, profile)
     workdir = storage.folder(workdir)
     with ExitStack() as held:
         _claim(workdir, experiment, None if source is None else Path(source), overrides, held)
+        if teacher_from is not None:
+            other = storage.folder(teacher_from)
+            hosts.done_by_first(lambda: _take_teacher(workdir, experiment, other))
         if log is None:
             buffered = storage.remote(workdir) and hosts.first()
             folder = held.enter_context(storage.mirrored(workdir)) if buffered else workdir
@@ -323,6 +330,45 @@ def _claim(
     hosts.done_by_first(write)
     if jax.process_count() > 1:
         hosts.checked_by_all(lambda: _check_same(workdir, now))
+
+
+def _take_teacher(workdir: Path, experiment: Experiment, run: Path) -> None:
+    """Copy a run's trained teacher into a workdir that has none, or raise where the experiment would train another."""
+    if isinstance(experiment.network, Imported):
+        raise ValueError(f"the teacher is imported from {experiment.network.folder}: none is to be taken from {run}")
+    record = _record(run)
+    if record is None:
+        raise FileNotFoundError(f"{run} is not the folder of a run (it has no experiment.json): no teacher is there")
+    if lines := teacher_differences(record["experiment"], describe(experiment)):
+        raise ValueError(
+            f"the teacher in {run} is not the one of this experiment, which differs in {'; '.join(lines[:8])}"
+            f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Give the experiment the values of {run}"
+        )
+    step = str(experiment.teacher.steps)
+    there, here = run / "checkpoints" / "teacher" / step, workdir / "checkpoints" / "teacher" / step
+    if seals.is_sealed(here):
+        return
+    if not seals.is_sealed(there):
+        raise CheckpointError(f"the teacher of {run} is unfinished: there is no {there}. Finish that run first")
+    if damage := seals.damage(there, 0, 1):
+        raise CheckpointError(f"the teacher of {run} is damaged: {damage}. Nothing was copied")
+    seals.copy(there, here)
+
+
+_OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
+"""Fields of an experiment that make its teacher."""
+
+
+def teacher_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What makes the teachers of two described experiments different ones; pairs beside the data do not."""
+    return [
+        line for name in _OF_TEACHER for line in differences(_trained_on(before[name]), _trained_on(after[name]), name)
+    ]
+
+
+def _trained_on(described: Any) -> Any:
+    pairs = isinstance(described, dict) and described.get("type") == describe(PairsData)
+    return described["data"] if pairs else described
 
 
 def _what(described: dict[str, Any]) -> dict[str, Any]:

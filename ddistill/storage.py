@@ -102,9 +102,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy all files below a folder into another, on disk or in a bucket."""
+def copy(source: Path, target: Path, but: str | None = None) -> None:
+    """Copy all files below a folder into another, on disk or in a bucket, but those whose names begin with `but`."""
     for name, path in files(source).items():
+        if but is not None and name.startswith(but):
+            continue
         at = target / name
         at.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as read, at.open("wb") as write:

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +15,7 @@ from ddistill.cli import main
 from ddistill.compare import compare, front, markdown
 from ddistill.config import Data, MLPNetwork
 from ddistill.methods import KD, Consistency
+from ddistill.runs import open_run
 
 TINY = dataclasses.replace(
     quickstart.experiment(),
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains_nothing(tmp_path):
     said = []
     rows = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path, say=said.append))
-    assert said == ["training the teacher", "distilling consistency", "distilling kd"]
+    assert said == ["distilling consistency", "distilling kd"]
     calls = [(row["sampler"], row["nfe"]) for row in rows]
     assert calls[-3:] == [("consistency", 1), ("consistency", 2), ("kd", 1)]
     assert [c[1] for c in calls[:5]] == [None, 35, 8, 1, 2]
@@ -44,17 +47,22 @@ def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains
     shown = [(name, p.quality, p.diversity, p.label) for name, line in lines.items() for p in line]
     assert shown == [(r["sampler"], r["precision"], r["recall"], str(r["nfe"])) for r in rows[-3:]]
     assert {name: p.label for name, p in references.items()} == {"held-out scans (floor)": "", "teacher, Heun": "35"}
+    kept = open_run(tmp_path / "kd", ONE_STEP)
+    taken = open_run(tmp_path / "consistency", TINY).teacher.params
+    jax.tree.map(np.testing.assert_array_equal, kept.teacher.params, taken)
+    taught = [path.read_text().count('"stage": "teacher"') for path in sorted(tmp_path.glob("*/metrics.jsonl"))]
+    assert taught[0] > 0 and taught[1] == 0
     again = list(compare([TINY, ONE_STEP], (1, 2), workdir=tmp_path))
     same = ("frechet", "recall", "accuracy")
     assert [[r[k] for k in same] for r in again] == [[r[k] for k in same] for r in rows]
 
 
-def test_experiments_must_share_their_teacher_and_not_their_name():
+def test_experiments_must_share_their_teacher_and_not_their_name(tmp_path):
     other = dataclasses.replace(TINY, name="other", network=MLPNetwork(width=32))
     with pytest.raises(ValueError, match=r"other has another teacher than consistency: network\.width: 16"):
-        next(compare([TINY, other]))
+        next(compare([TINY, other], workdir=tmp_path))
     with pytest.raises(ValueError, match="different names"):
-        next(compare([TINY, TINY]))
+        next(compare([TINY, TINY], workdir=tmp_path))
 
 
 def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
@@ -90,7 +98,8 @@ def test_the_command_that_is_told_to_leave_saves_its_step_and_goes_on_there(tmp_
 
     monkeypatch.setattr(Data, "source", told)
     monkeypatch.setattr(commands, "load_experiment", lambda path: dataclasses.replace(TINY, steps=20))
-    words = ["compare", "tiny.py", "--out", str(tmp_path / "page.md"), "--workdir", str(tmp_path / "runs")]
+    (file := tmp_path / "tiny.py").write_text("# what load_experiment answers\n")
+    words = ["compare", str(file), "--out", str(tmp_path / "page.md"), "--workdir", str(tmp_path / "runs")]
     before = signal.getsignal(signal.SIGTERM)
     assert main(words) == 75
     assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "page.md").exists()

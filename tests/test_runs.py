@@ -5,17 +5,19 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from subprocess import PIPE, Popen
 
 import jax
 import numpy as np
 import pytest
 
-from ddistill import hosts, quickstart, runs
+from ddistill import hosts, quickstart, runs, seals, storage
 from ddistill.checkpoint import CheckpointError
-from ddistill.config import Data, Experiment, MLPNetwork, Optimizer, PairsData, Teacher
+from ddistill.config import Data, Experiment, Imported, MLPNetwork, Optimizer, PairsData, Teacher
 from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.integrators import euler, heun
 from ddistill.log import Silent
@@ -216,6 +218,68 @@ def test_an_unfinished_run_and_a_folder_that_is_none_get_words(tmp_path):
         open_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_run(tmp_path / "nothing")
+
+
+def test_a_teacher_taken_from_another_run_gives_the_student_of_one_trained_anew(tmp_path, whole, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):  # its teacher is trained, its student is not
+        distil(dataclasses.replace(TINY, guidance=2.0), tmp_path / "a", Stop("student", 1))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(storage.shutil, "copyfileobj", half)
+        distil(TINY, tmp_path / "b", Silent(), teacher_from=tmp_path / "a")
+    seen = Silent()
+    assert leaves_equal(distil(TINY, tmp_path / "b", seen, teacher_from=tmp_path / "a"), whole)
+    assert {row["stage"] for row in seen.rows} == {"student"}
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert leaves_equal(open_run(tmp_path / "b", TINY).teacher, whole.teacher)
+
+
+def half(read, write, *_):
+    """A copy that is cut off at the arrays, which come after all else."""
+    if "/d/" in read.name:
+        raise KeyboardInterrupt
+    write.write(read.read())
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """A run with its teacher alone."""
+    with pytest.raises(KeyboardInterrupt):
+        distil(TINY, tmp_path / "taught", Stop("student", 1))
+    return tmp_path / "taught"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 1}, "differs in seed: 0 before, 1 now. Give the experiment the values of"),
+        ({"teacher": Teacher(steps=2)}, "differs in teacher.steps: 3 before, 2 now"),
+        ({"data": PairsData(Path("pairs"), Plane(0))}, "differs in data.classes: 2 before, 0 now"),
+        ({"network": Imported(Path("sit"))}, "the teacher is imported from sit: none is to be taken from"),
+    ],
+)
+def test_another_teacher_is_not_taken(tmp_path, taught, changed, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        runs._take_teacher(tmp_path / "b", dataclasses.replace(TINY, **changed), taught)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_teacher_that_is_damaged_unfinished_or_not_there_is_not_taken(tmp_path, taught):
+    beside = dataclasses.replace(TINY, data=PairsData(Path("pairs"), Plane()), method=KD(steps=(1,)))
+    runs._take_teacher(tmp_path / "b", beside, taught)  # pairs beside the data do not make another teacher
+    last = taught / "checkpoints/teacher/3"
+    assert storage.files(tmp_path / "b/checkpoints/teacher/3").keys() == storage.files(last).keys()
+    file = max(storage.files(last / "d").values(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"is damaged: d/\w+ has \d+ bytes of \d+\. Nothing was copied"):
+        runs._take_teacher(tmp_path / "c", TINY, taught)
+    seals.remove(last)
+    with pytest.raises(CheckpointError, match=r"is unfinished: there is no .*teacher/3\. Finish that run first"):
+        runs._take_teacher(tmp_path / "c", TINY, taught)
+    with pytest.raises(FileNotFoundError, match="no teacher is there"):
+        runs._take_teacher(tmp_path / "c", TINY, tmp_path)
+    with pytest.raises(ValueError, match="into a workdir: give one"):
+        distil(TINY, teacher_from=taught)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):

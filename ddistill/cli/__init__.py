@@ -62,6 +62,8 @@ class Distill:
     """A Python file with `def experiment() -> Experiment`; it comes before the flags."""
     workdir: Annotated[Path | None, arg(metavar="DIR")] = None
     """The folder for checkpoints and metrics, runs/NAME by default; a run that was interrupted goes on in it."""
+    teacher_from: Annotated[Path | None, arg(metavar="RUN")] = None
+    """Copy the teacher that RUN has trained, which must be the experiment's, instead of training it once more."""
     dry_run: bool = False
     """Train nothing: build all of it with shapes alone, trace its steps, and print networks, memory and batches."""
     devices: Annotated[int | None, arg(metavar="INT")] = None
@@ -288,7 +290,7 @@ class Compare:
     out: Annotated[Path, arg(metavar="FILE.md")] = Path("digits.md")
     """The page to write; beside it go the rows as .json and a picture of precision against recall as .png."""
     workdir: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare")
-    """The folder for checkpoints; started again in the same one, it resumes."""
+    """The folder of the runs, one for each experiment, under its name; started again in the same one, it resumes."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Numbers of sampling steps."""
 

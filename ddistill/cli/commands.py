@@ -139,7 +139,10 @@ def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = storage.folder(Path("runs") / experiment.name if command.workdir is None else command.workdir)
-    distil(experiment, workdir, source=command.experiment, overrides=flags, stop=stop, profile=profile)
+    distil(
+        experiment, workdir, source=command.experiment, overrides=flags,
+        teacher_from=command.teacher_from, stop=stop, profile=profile,
+    )  # fmt: skip
     say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
 
 
@@ -322,7 +325,8 @@ def compare(command: Compare, stop: Stop) -> None:
     if not command.experiments:
         raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
     experiments = [load_experiment(path) for path in command.experiments]
-    rows = list(compared(experiments, command.steps, workdir=command.workdir, say=say, stop=stop))
+    where = {"workdir": command.workdir, "files": command.experiments}
+    rows = list(compared(experiments, command.steps, **where, say=say, stop=stop))
     files = " ".join(str(path) for path in command.experiments)
     write_json(command.out.with_suffix(".json"), {"rows": rows})
     picture = command.out.with_suffix(".png")
