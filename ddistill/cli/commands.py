@@ -325,8 +325,10 @@ def compare(command: Compare, stop: Stop) -> None:
     if not command.experiments:
         raise ValueError("give at least one experiment file, such as experiments/digits_kd.py")
     experiments = [load_experiment(path) for path in command.experiments]
-    where = {"workdir": command.workdir, "files": command.experiments}
-    rows = list(compared(experiments, command.steps, **where, say=say, stop=stop))
+    done = compared(
+        experiments, command.steps, workdir=command.workdir, files=command.experiments, say=say, stop=stop
+    )  # fmt: skip
+    rows = list(done)
     files = " ".join(str(path) for path in command.experiments)
     write_json(command.out.with_suffix(".json"), {"rows": rows})
     picture = command.out.with_suffix(".png")
