@@ -24,7 +24,7 @@ from ddistill.data import Source
 from ddistill.data.loading import part_of
 from ddistill.data.pairs import fresh_pairs, teacher_pairs
 from ddistill.log import Log, RunLog
-from ddistill.methods.base import Pairs
+from ddistill.methods.base import Pairs, sampling_of
 from ddistill.net import Net, guided
 from ddistill.overrides import describe, differences, override
 from ddistill.previews import looks_of
@@ -54,6 +54,16 @@ class Opened(NamedTuple):
     data: Data
     teacher: Net
     student: Net
+
+    def guided_teacher(self, guidance: float | None = None) -> tuple[Net, str]:
+        """The teacher as the student's method sees it, and what its name ends with, ", w = 2" with guidance.
+
+        guidance: the scale for students that take one; by default that with which they are sampled.
+        """
+        experiment, none = self.experiment, self.data.none
+        usual = sampling_of(experiment.method(experiment.process)).guidance
+        w = experiment.guidance if usual is None else usual if guidance is None else guidance
+        return (self.teacher, "") if w == 1 or none is None else (guided(self.teacher, w, none), f", w = {w:g}")
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: str | None = None) -> Experiment:
@@ -177,11 +187,13 @@ def distil(
             raise ValueError("a teacher is taken from another run into a workdir: give one")
         return _run(experiment, data, plan, None, log, stop, profile)
     workdir = storage.folder(workdir)
+    taken = None if teacher_from is None else storage.folder(teacher_from)
+    if taken is not None:  # before the folder becomes this experiment's
+        hosts.done_by_first(lambda: _check_teacher(experiment, taken, workdir))
     with ExitStack() as held:
         _claim(workdir, experiment, None if source is None else Path(source), overrides, held)
-        if teacher_from is not None:
-            other = storage.folder(teacher_from)
-            hosts.done_by_first(lambda: _take_teacher(workdir, experiment, other))
+        if taken is not None:
+            hosts.done_by_first(lambda: _take_teacher(experiment, taken, workdir))
         if log is None:
             buffered = storage.remote(workdir) and hosts.first()
             folder = held.enter_context(storage.mirrored(workdir)) if buffered else workdir
@@ -332,8 +344,10 @@ def _claim(
         hosts.checked_by_all(lambda: _check_same(workdir, now))
 
 
-def _take_teacher(workdir: Path, experiment: Experiment, run: Path) -> None:
-    """Copy a run's trained teacher into a workdir that has none, or raise where the experiment would train another."""
+def _check_teacher(experiment: Experiment, run: Path, workdir: Path) -> None:
+    """Raise unless a run has trained the teacher that the experiment would train, or the workdir has it already."""
+    if seals.is_sealed(_taught(experiment, workdir)):
+        return
     if isinstance(experiment.network, Imported):
         raise ValueError(f"the teacher is imported from {experiment.network.folder}: none is to be taken from {run}")
     record = _record(run)
@@ -344,31 +358,34 @@ def _take_teacher(workdir: Path, experiment: Experiment, run: Path) -> None:
             f"the teacher in {run} is not the one of this experiment, which differs in {'; '.join(lines[:8])}"
             f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Give the experiment the values of {run}"
         )
-    step = str(experiment.teacher.steps)
-    there, here = run / "checkpoints" / "teacher" / step, workdir / "checkpoints" / "teacher" / step
-    if seals.is_sealed(here):
-        return
-    if not seals.is_sealed(there):
-        raise CheckpointError(f"the teacher of {run} is unfinished: there is no {there}. Finish that run first")
-    if damage := seals.damage(there, 0, 1):
-        raise CheckpointError(f"the teacher of {run} is damaged: {damage}. Nothing was copied")
-    seals.copy(there, here)
+    last = _taught(experiment, run)
+    if not seals.is_sealed(last):
+        raise CheckpointError(f"the teacher of {run} is unfinished: there is no {last}. Finish that run first")
+    if damage := seals.damage(last, 0, 1):
+        raise CheckpointError(f"the teacher of {run} is damaged: {damage}. Take it from another run")
 
 
-_OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
-"""Fields of an experiment that make its teacher."""
+def _take_teacher(experiment: Experiment, run: Path, workdir: Path) -> None:
+    """Copy a run's trained teacher into a workdir that has none."""
+    if not seals.is_sealed(here := _taught(experiment, workdir)):
+        seals.copy(_taught(experiment, run), here)
+
+
+def _taught(experiment: Experiment, run: Path) -> Path:
+    return run / "checkpoints" / "teacher" / str(experiment.teacher.steps)
 
 
 def teacher_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What makes the teachers of two described experiments different ones; pairs beside the data do not."""
-    return [
-        line for name in _OF_TEACHER for line in differences(_trained_on(before[name]), _trained_on(after[name]), name)
-    ]
+    """What makes the teachers of two described experiments different ones."""
+    return differences(what_teaches(before), what_teaches(after))
 
 
-def _trained_on(described: Any) -> Any:
-    pairs = isinstance(described, dict) and described.get("type") == describe(PairsData)
-    return described["data"] if pairs else described
+def what_teaches(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the teacher of a described experiment: pairs beside its data do not."""
+    names = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
+    made = {name: described.get(name) for name in names}
+    pairs = isinstance(made["data"], dict) and made["data"].get("type") == describe(PairsData)
+    return {**made, "data": made["data"]["data"]} if pairs else made
 
 
 def _what(described: dict[str, Any]) -> dict[str, Any]:

@@ -16,19 +16,21 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ddistill import sharding
+from ddistill.cli import commands, main, networks, study
 from ddistill.cli import evaluate as command
-from ddistill.cli import main, networks, study
+from ddistill.cli.report_runs import drawn_of
+from ddistill.cli.serve import Asked, drawer
 from ddistill.config import Data, Experiment
 from ddistill.datasets import LatentFolder
 from ddistill.evaluate import quality
 from ddistill.evaluate.quality import Spent, Study, draws, labels_in_turn
 from ddistill.evaluate.real import images_of
-from ddistill.evaluate.samplers import Sampler
+from ddistill.evaluate.samplers import Sampler, start
 from ddistill.evaluate.seen import Seen
 from ddistill.evaluate.statistics import Statistics
 from ddistill.hub.weights import tensors_from
 from ddistill.integrators import Solution
-from ddistill.methods import KD, Consistency
+from ddistill.methods import KD, Consistency, LatentConsistency
 from ddistill.net import Net
 from ddistill.networks.autoencoder import DOWN, UP, AutoencoderKL, AutoencoderKLConfig
 from ddistill.networks.conditions import Prompt
@@ -320,11 +322,46 @@ def test_prompts_are_the_lines_of_a_file_which_empty_ones_may_end(tmp_path):
         networks.read_prompts(file)
 
 
-def test_a_guided_student_has_a_guided_teacher_beside_it(monkeypatch):
-    experiment = Experiment("noise", KD(), data=Noise(), guidance=2.0)
-    opened = Opened(experiment, experiment.data.load(), gaussian(), gaussian())
-    names = [sampler.name for sampler in study.plan(opened, [1], "ddim", 10)]
-    assert names == ["teacher, DDIM, w = 2", "teacher, DPM-Solver++(2M), w = 2", "student"]
+def shades():
+    """The denoiser of one image for each class, of brightness (class + 1)/10, and 0 for none: where every path ends."""
+
+    def apply(params, rest, x, t, cond, *, s=None, key=None):
+        known = jnp.where(cond < 3, (cond + 1) / 10, 0.0)
+        return jnp.broadcast_to(known[:, None, None, None], x.shape)
+
+    return Net({}, {}, apply)
+
+
+@pytest.mark.parametrize("method", [KD(), LatentConsistency()])
+def test_a_guided_student_has_a_guided_teacher_beside_it(method, monkeypatch, tmp_path):
+    scaled = isinstance(method, LatentConsistency)
+    experiment = Experiment("noise", method, data=Noise(), guidance=1.0 if scaled else 2.0)
+    opened = Opened(experiment, experiment.data.load(), shades(), flow_map())
+    noise, labels, key = start(experiment.process, (SIDE, SIDE, 3), 3, 6, 0)
+    expected = 2 * (np.arange(6) % 3 + 1) / 10
+
+    def shade(x):
+        return np.asarray(x).reshape(6, -1).mean(1)
+
+    by_networks, by_pixels = study.plan(opened, [1], "ddim", 10), command.samplers_of(opened, [1])
+    names = [sampler.name for sampler in (*by_networks, *by_pixels)]
+    ends = ["DDIM", "DPM-Solver++(2M)", None, "Heun", "Euler", None]
+    assert names == ["student" if end is None else f"teacher, {end}, w = 2" for end in ends]
+    for sampler in (*by_networks[:2], *by_pixels[:2]):
+        np.testing.assert_allclose(shade(sampler.draw(noise, labels, key).x), expected, atol=1e-5)
+    drawn = drawn_of(opened, (1,), 6, 0).drawn
+    assert [d.label for d in drawn[1:3]] == ["teacher, Heun, w = 2", "teacher, DPM-Solver++(2M), w = 2"]
+    for d in drawn[1:3]:
+        (sheet,) = d.sheets.values()
+        np.testing.assert_allclose(shade(sheet.x) / 127.5 - 1, expected, atol=0.01)
+    draw = drawer(opened, most=6, most_steps=2)
+    np.testing.assert_allclose(shade(draw(Asked(1, 2, 6))[1].x), expected, atol=1e-5)
+    if scaled:
+        np.testing.assert_allclose(shade(draw(Asked(1, 2, 6, guidance=3.0))[1].x), 1.5 * expected, atol=1e-5)
+    monkeypatch.setattr(commands, "open_run", lambda folder: opened)
+    out = tmp_path / "x.npz"
+    assert main(["sample", "run", "--teacher", "--steps", "2", "--n", "6", "--out", str(out)]) == 0
+    np.testing.assert_allclose(shade(np.load(out)["x"]), expected, atol=1e-5)
 
 
 def test_latents_are_decoded_by_the_autoencoder_that_is_given(tmp_path):

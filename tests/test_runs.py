@@ -229,8 +229,8 @@ def test_a_teacher_taken_from_another_run_gives_the_student_of_one_trained_anew(
     seen = Silent()
     assert leaves_equal(distil(TINY, tmp_path / "b", seen, teacher_from=tmp_path / "a"), whole)
     assert {row["stage"] for row in seen.rows} == {"student"}
-    (tmp_path / "a").rename(tmp_path / "moved")
-    assert leaves_equal(open_run(tmp_path / "b", TINY).teacher, whole.teacher)
+    (tmp_path / "a").rename(tmp_path / "moved")  # what was taken is kept
+    assert leaves_equal(distil(TINY, tmp_path / "b", Silent(), teacher_from=tmp_path / "a"), whole)
 
 
 def half(read, write, *_):
@@ -253,30 +253,43 @@ def taught(tmp_path):
     [
         ({"seed": 1}, "differs in seed: 0 before, 1 now. Give the experiment the values of"),
         ({"teacher": Teacher(steps=2)}, "differs in teacher.steps: 3 before, 2 now"),
-        ({"data": PairsData(Path("pairs"), Plane(0))}, "differs in data.classes: 2 before, 0 now"),
-        ({"network": Imported(Path("sit"))}, "the teacher is imported from sit: none is to be taken from"),
+        ({"data": Plane(0)}, "differs in data.classes: 2 before, 0 now"),
     ],
 )
-def test_another_teacher_is_not_taken(tmp_path, taught, changed, words):
+def test_another_teacher_is_not_taken_and_the_folder_stays_free_for_the_right_one(tmp_path, taught, changed, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        runs._take_teacher(tmp_path / "b", dataclasses.replace(TINY, **changed), taught)
+        distil(dataclasses.replace(TINY, **changed), tmp_path / "b", Silent(), teacher_from=taught)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_teacher_that_is_damaged_unfinished_or_not_there_is_not_taken(tmp_path, taught):
-    beside = dataclasses.replace(TINY, data=PairsData(Path("pairs"), Plane()), method=KD(steps=(1,)))
-    runs._take_teacher(tmp_path / "b", beside, taught)  # pairs beside the data do not make another teacher
+def test_pairs_beside_the_data_do_not_make_another_teacher_but_other_data_in_them_does():
+    beside = describe(dataclasses.replace(TINY, data=PairsData(Path("pairs"), Plane())))
+    assert runs.teacher_differences(describe(TINY), beside) == []
+    other = describe(dataclasses.replace(TINY, data=PairsData(Path("pairs"), Plane(0))))
+    assert runs.teacher_differences(beside, other) == ["data.classes: 2 before, 0 now"]
+    del other["accumulate"]  # of an earlier version
+    assert runs.teacher_differences(beside, other)[1:] == ["accumulate: 1 before, None now"]
+
+
+def test_a_teacher_that_is_imported_damaged_unfinished_or_not_there_is_not_taken(tmp_path, taught):
+    imported = dataclasses.replace(TINY, network=Imported(Path("sit")))
+    with pytest.raises(ValueError, match="imported from sit: none is to be taken from"):
+        runs._check_teacher(imported, taught, tmp_path / "c")
+
+    def take():
+        distil(TINY, tmp_path / "c", Silent(), teacher_from=taught)
+
     last = taught / "checkpoints/teacher/3"
-    assert storage.files(tmp_path / "b/checkpoints/teacher/3").keys() == storage.files(last).keys()
     file = max(storage.files(last / "d").values(), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"is damaged: d/\w+ has \d+ bytes of \d+\. Nothing was copied"):
-        runs._take_teacher(tmp_path / "c", TINY, taught)
+    with pytest.raises(CheckpointError, match=r"is damaged: d/\w+ has \d+ bytes of \d+\. Take it from another run"):
+        take()
     seals.remove(last)
     with pytest.raises(CheckpointError, match=r"is unfinished: there is no .*teacher/3\. Finish that run first"):
-        runs._take_teacher(tmp_path / "c", TINY, taught)
+        take()
+    (taught / "experiment.json").unlink()
     with pytest.raises(FileNotFoundError, match="no teacher is there"):
-        runs._take_teacher(tmp_path / "c", TINY, tmp_path)
+        take()
     with pytest.raises(ValueError, match="into a workdir: give one"):
         distil(TINY, teacher_from=taught)
     assert not (tmp_path / "c").exists()

@@ -121,7 +121,7 @@ class Sample:
     guidance: Annotated[float | None, arg(metavar="FLOAT")] = None
     """The guidance scale, for students that take one; 1 is none."""
     teacher: bool = False
-    """Sample from the teacher, with DPM-Solver++(2M), and not from the student."""
+    """Sample from the teacher, guided as the student's method sees it, with DPM-Solver++(2M), not from the student."""
     peers: Peers = field(default_factory=Peers)
 
 

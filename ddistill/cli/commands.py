@@ -135,6 +135,8 @@ def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     profile = None if command.profile is None else _steps(command.profile)
     experiment = load_experiment(command.experiment, flags)
     if command.dry_run:
+        if command.teacher_from is not None:
+            raise ValueError("--teacher-from is of a training: leave it out with --dry-run")
         return _tell(experiment.name, dry_run(experiment, command.devices))
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
@@ -239,7 +241,7 @@ def sample(command: Sample) -> None:
     if command.teacher:
         if command.gamma is not None or command.guidance is not None:
             raise ValueError("--gamma and --guidance belong to the student's sampler: leave them out with --teacher")
-        sampler = teacher_sampler(opened.teacher, process, dpmpp_2m, command.steps, "teacher")
+        sampler = teacher_sampler(opened.guided_teacher()[0], process, dpmpp_2m, command.steps, "teacher")
     else:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)

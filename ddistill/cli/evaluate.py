@@ -51,7 +51,7 @@ def samplers_of(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
     experiment = opened.experiment
     made = experiment.method(experiment.process)
     mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
-    rows = samplers(opened.teacher, opened.student, made, experiment.process, steps)
+    rows = samplers(*opened.guided_teacher(), opened.student, made, experiment.process, steps)
     return [across(row, mesh) for row in rows]
 
 

@@ -26,10 +26,9 @@ from ddistill.report.embed import thumbnails
 from ddistill.report.measures import is_student, table
 from ddistill.report.motion import motion, student_path, teacher_path
 from ddistill.report.page import Drawn, Group, Motion, Sheet
-from ddistill.runs import Opened, read_metrics
+from ddistill.runs import Opened, read_metrics, what_teaches
 from ddistill.sample import matched_noise
 
-OF_TEACHER = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
 _USUAL = 18  # steps of Heun's method: 35 calls, the teacher's usual cost
 _PATHS = 160
 
@@ -94,10 +93,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Found:
     record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
     config = record["experiment"]
-    of_teacher = {key: config.get(key) for key in OF_TEACHER}
+    teaches = what_teaches(config)
     return Found(
         name, folder, config, record["overrides"], record["version"],
-        _digest([config["data"], config.get("process")]), _digest(of_teacher), _evaluations(folder), _curves(folder),
+        _digest([teaches["data"], teaches["process"]]), _digest(teaches), _evaluations(folder), _curves(folder),
     )  # fmt: skip
 
 
@@ -182,16 +181,17 @@ def drawn_of(
         ]
     real, view, told = _pictures(data, n, seed) if images else _points(data, n)
     made = experiment.method(process)
+    net, suffix = opened.guided_teacher()
     sheets, teacher = {}, {}
     for calls in steps:
-        euler_like = teacher_sampler(opened.teacher, process, dpmpp_2m, calls, "teacher")
-        teacher[calls] = Sheet(view(euler_like.draw(noise, cond, key).x))
+        few = teacher_sampler(net, process, dpmpp_2m, calls, "teacher")
+        teacher[calls] = Sheet(view(few.draw(noise, cond, key).x))
         try:
             sampler = student_sampler(opened.student, made, process, calls)
         except ValueError:  # a number of steps that the method does not serve
             continue
         sheets[calls] = Sheet(view(sampler.draw(noise, cond, key).x))
-    usual = teacher_sampler(opened.teacher, process, heun, _USUAL, "teacher").draw(noise, cond, key)
+    usual = teacher_sampler(net, process, heun, _USUAL, "teacher").draw(noise, cond, key)
     motions: list[Motion] = []
     if data.shape == (2,):
         some = jax.tree.map(lambda leaf: leaf[:_PATHS], cond)
@@ -199,8 +199,8 @@ def drawn_of(
     return Shown(
         [
             *([] if real is None else [Drawn("data", "reference", {0: Sheet(real)})]),
-            Drawn("teacher, Heun", "teacher", {int(usual.nfe): Sheet(view(usual.x))}),
-            Drawn("teacher, DPM-Solver++(2M)", "teacher", teacher),
+            Drawn(f"teacher, Heun{suffix}", "teacher", {int(usual.nfe): Sheet(view(usual.x))}),
+            Drawn(f"teacher, DPM-Solver++(2M){suffix}", "teacher", teacher),
             Drawn("student", "student", sheets),
         ],
         motions,
@@ -259,8 +259,9 @@ def _motions(opened: Opened, noise, labels, key, steps: int) -> list[Motion]:
     if x is not None:
         spread = float(np.sqrt(np.mean(np.asarray(x[:4096], np.float64) ** 2)))
     grid = grids.karras(process, _USUAL)
-    states = teacher_path(opened.teacher.bind(labels), process, grid, noise)
-    motions = [motion("teacher, Heun", "teacher", process, grid, states, spread)]
+    teacher, suffix = opened.guided_teacher()
+    states = teacher_path(teacher.bind(labels), process, grid, noise)
+    motions = [motion(f"teacher, Heun{suffix}", "teacher", process, grid, states, spread)]
     if steps:
         own, sampling = home(made, process), sampling_of(made)
         times = sampling.times(steps)

@@ -102,10 +102,9 @@ def drawer(
         student = kept(
             own, lambda: student_sampler(opened.student, made, process, asked.steps, asked.gamma, asked.guidance)
         )
-        other = ("teacher", asked.teacher_steps)
-        teacher = kept(
-            other, lambda: teacher_sampler(opened.teacher, process, dpmpp_2m, asked.teacher_steps, "teacher")
-        )
+        net, suffix = opened.guided_teacher(asked.guidance)
+        other = ("teacher", asked.teacher_steps, suffix)
+        teacher = kept(other, lambda: teacher_sampler(net, process, dpmpp_2m, asked.teacher_steps, "teacher"))
         return timed(own, student, noise, cond, rng), timed(other, teacher, noise, cond, rng)
 
     return draw

@@ -36,9 +36,7 @@ from ddistill.evaluate.statistics import (
 )
 from ddistill.hub.autoencoders import load_autoencoder
 from ddistill.hub.features import Features
-from ddistill.methods.base import sampling_of
-from ddistill.net import Net, guided
-from ddistill.runs import Opened, student_stages
+from ddistill.runs import Opened
 
 Row = dict[str, Any]
 
@@ -163,22 +161,12 @@ def plan(opened: Opened, steps: Sequence[int], integrator: str, usual: int) -> l
     """
     experiment = opened.experiment
     made, process = experiment.method(experiment.process), experiment.process
-    teacher, w = guided_teacher(opened)
-    suffix = "" if w == 1 else f", w = {w:g}"
+    teacher, suffix = opened.guided_teacher()
     names = {name: f"teacher, {shown}{suffix}" for name, shown in _NAMES.items()}
     rows = [teacher_sampler(teacher, process, getattr(integrators, integrator), usual, names[integrator])]
     few = sorted({n for n in steps if (integrator, n) != ("dpmpp_2m", usual)}, reverse=True)
     rows += [teacher_sampler(teacher, process, integrators.dpmpp_2m, n, names["dpmpp_2m"]) for n in few]
     return rows + [student_sampler(opened.student, made, process, n) for n in sorted(steps)]
-
-
-def guided_teacher(opened: Opened) -> tuple[Net, float]:
-    """The teacher that the student learned from, and the guidance scale it has, 1 for none."""
-    experiment, data = opened.experiment, opened.data
-    w = sampling_of(experiment.method(experiment.process)).guidance
-    if w is not None and data.none is not None:
-        return guided(opened.teacher, w, data.none), w
-    return student_stages(experiment, data)[0].guide(opened.teacher), experiment.guidance
 
 
 def reference(

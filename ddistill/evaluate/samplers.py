@@ -85,12 +85,15 @@ def student_solver(
 
 
 def samplers(
-    teacher: Net, student: Net, made: Made, process: Process, steps: Sequence[int] = (1, 2, 4)
+    teacher: Net, suffix: str, student: Net, made: Made, process: Process, steps: Sequence[int]
 ) -> list[Sampler]:
-    """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student."""
-    few = [teacher_sampler(teacher, process, euler, n, "teacher, Euler") for n in sorted(steps, reverse=True)]
+    """The rows of the table: the teacher with 35 calls (Heun) and as few as the student's, and the student.
+
+    suffix: what the teacher's names end with, its guidance.
+    """
+    few = [teacher_sampler(teacher, process, euler, n, f"teacher, Euler{suffix}") for n in sorted(steps, reverse=True)]
     students = [student_sampler(student, made, process, n) for n in sorted(steps)]
-    return [teacher_sampler(teacher, process, heun, 18, "teacher, Heun"), *few, *students]
+    return [teacher_sampler(teacher, process, heun, 18, f"teacher, Heun{suffix}"), *few, *students]
 
 
 def start(
