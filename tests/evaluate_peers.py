@@ -5,6 +5,7 @@ python tests/evaluate_peers.py FOLDER PROCESS PORT
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 SIDE, COUNT = 8, 37
@@ -19,7 +20,7 @@ def judged():
     from ddistill import sharding
     from ddistill.config import Data
     from ddistill.data.loading import Unreadable
-    from ddistill.evaluate.quality import Study, floor, judge, labels_in_turn
+    from ddistill.evaluate.quality import Study, _of_process, floor, judge, labels_in_turn, variety
     from ddistill.evaluate.real import images_of
     from ddistill.evaluate.samplers import Sampler
     from ddistill.evaluate.scores import METRICS, wanted
@@ -31,9 +32,9 @@ def judged():
     networks = {
         "inception": linear_features(SIDE, 1, pool=6, logits=5, spatial=7),
         "dinov2": linear_features(SIDE, 2),
-        "cmmd": linear_features(SIDE, 3),
+        "clip": linear_features(SIDE, 3),
     }
-    names = tuple(name for name, metric in METRICS.items() if metric.feature.split(".")[0] in networks)
+    texts = np.random.default_rng(2).standard_normal((5, 6)).astype(np.float32)
     x = np.random.default_rng(0).standard_normal((COUNT, *shape)).astype(np.float32) / 2
     images = images_of(Data({"x": x}, shape, 0), "the data")
     whole = images.read
@@ -44,17 +45,20 @@ def judged():
         return whole(i)
 
     images.read = read
-    real = statistics_of(images, networks, wanted(names), kept=COUNT, batch_size=10)
+    real = statistics_of(images, networks, wanted(tuple(METRICS)), kept=COUNT, batch_size=10)
     # Shades and contrasts of the labels, as whole steps of brightness, so that no rounding of float32 tips one over.
     draw = Sampler("s", lambda x, c, key: Solution(jnp.round(x * (4 + 2 * c[:, None, None, None]) / 80) / 60, 1))
     mesh = sharding.make_mesh()
     study = Study(
-        edm(), shape, labels_in_turn(3, 8), lambda x: (np.asarray(x) + 1) / 2, mesh, networks, names, real, 29, 8
-    )
+        edm(), shape, labels_in_turn(3, 8), lambda x: (np.asarray(x) + 1) / 2, mesh, networks, tuple(METRICS),
+        real, 29, 8, texts=texts, lpips=lambda a, b: jnp.mean(jnp.abs(a - b), axis=(1, 2, 3)),
+    )  # fmt: skip
+    shades = _of_process(8)
+    prompts = replace(study, conditions=lambda number: np.linspace(-1, 2, 8)[shades])
     times = "images_per_s", "wall_s", "compile_s", "decode_s"
     rows = floor(study), judge(draw, study)
     numbers = [{k: v for k, v in row.items() if isinstance(v, float | int) and k not in times} for row in rows]
-    return [*numbers, {"skipped": len(images.skipped)}]
+    return [*numbers, {"skipped": len(images.skipped), "lpips of prompts": variety(draw, prompts)}]
 
 
 if __name__ == "__main__":

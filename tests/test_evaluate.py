@@ -291,8 +291,11 @@ def test_variety_is_the_distance_within_a_condition():
     none = dataclasses.replace(what, num_classes=0, conditions=lambda number: None)
     plain = Sampler("s", lambda x, c, key: Solution(x / 400, 1))
     assert quality.judge(plain, none)["lpips"] == pytest.approx(0.4 / np.sqrt(np.pi), rel=0.04)
-    with pytest.raises(ValueError, match="a batch of 1 has no two samples of one condition"):
-        quality.variety(plain, dataclasses.replace(none, batch_size=1))
+    # Of 7 prompts in turn, whose shades differ: a distance across them would be larger.
+    shades = np.linspace(-0.5, 0.5, 7).astype(np.float32)
+    prompted = dataclasses.replace(none, batch_size=7, conditions=lambda number: shades)
+    of_prompts = Sampler("s", lambda x, c, key: Solution(x / 400 + c[:, None, None, None], 1))
+    assert quality.variety(of_prompts, prompted) == pytest.approx(0.4 / np.sqrt(np.pi), rel=0.04)
 
 
 def test_prompts_are_encoded_in_turn_and_classes_take_one_each(monkeypatch, tmp_path):

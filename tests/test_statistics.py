@@ -244,13 +244,13 @@ def test_one_device_and_two_processes_see_what_eight_devices_see(tmp_path, monke
             assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
     floor, row, images = eight
     assert row["samples"] == 29 and floor["samples"] == 16 and images["skipped"] == 2
-    assert set(METRICS) - {"lpips", "clip_score"} <= set(row)
+    assert set(METRICS) <= set(row) and min(images["lpips of prompts"], row["lpips"]) > 0
     assert row["fid"] > floor["fid"] > 0 and row["recall"] < floor["recall"]
 
 
 def test_metrics_are_named_with_the_networks_they_need():
     assert chosen("fid, is", {"inception"}) == ("fid", "inception_score")
-    assert set(chosen(None, {"cmmd"})) == {"cmmd"} and "fid" in chosen(None, {"inception"})
+    assert set(chosen(None, {"clip"})) == {"cmmd"} and "fid" in chosen(None, {"inception"})
     with pytest.raises(ValueError, match="no metric fdi; known are fid"):
         chosen("fdi", {"inception"})
     with pytest.raises(ValueError, match="fd_dinov2 need features of dinov2: give the file of its weights"):

@@ -1,6 +1,5 @@
 """Networks that `ddistill evaluate` is given: those with features, LPIPS, and CLIP's text side with its prompts."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ddistill.hub.text_features import load_text_features
 from ddistill.losses.distances import LPIPS
 from ddistill.networks.conditions import Prompt
 from ddistill.networks.inception import InceptionConfig
-from ddistill.networks.preprocess import PREPROCESSINGS, cmmd
+from ddistill.networks.preprocess import PREPROCESSINGS
 from ddistill.networks.vgg import ALEXNET, VGG16
 from ddistill.networks.vit import ViTConfig
 from ddistill.prompts import open_prompts, time_ids
@@ -32,7 +31,7 @@ _INCEPTION = InceptionConfig().name
 
 @dataclass(frozen=True)
 class Networks:
-    """Features by kind: inception, dinov2, clip, and cmmd, which is CLIP as CMMD has it. clip: what and where it is."""
+    """Features by kind: inception, dinov2 and clip. clip: what and where it is."""
 
     features: Mapping[str, Features]
     lpips: LPIPS | None = None
@@ -74,7 +73,6 @@ def open_networks(given: Sequence[str], resize: str) -> Networks:
         resized = PREPROCESSINGS[resize](299) if kind == "inception" else None
         found[kind] = load_features(config, Path(file), resized)
         if isinstance(config, ViTConfig) and config.clip:
-            found["cmmd"] = dataclasses.replace(found["clip"], preprocessing=cmmd(found["clip"].size))
             clip = config, Path(file)
     return Networks(found, lpips, clip)
 

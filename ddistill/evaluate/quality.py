@@ -156,39 +156,35 @@ def draws(sampler: Sampler, study: Study, spent: Spent) -> Iterator[tuple[np.nda
 
 
 CONDITIONS, EACH = 100, 10
-"""LPIPS is of up to so many conditions, and of up to so many images of each."""
+"""LPIPS is of up to so many conditions, and of so many images of each."""
 
 
 def variety(sampler: Sampler, study: Study) -> float:
     """Mean LPIPS distance between images of one condition, of more samples with a seed of their own.
 
-    Of up to 100 classes evenly, or of the first conditions of a batch, up to 10 images each: as many as fit evenly into
-    this process's part of a batch. Raises ValueError for parts of one sample.
+    Ten images each of up to 100 classes evenly, or of a batch's conditions in turn.
     """
     if study.lpips is None:
         raise ValueError("lpips needs its network: load_lpips gives one")
-    part = study.batch_size // jax.process_count()
-    each = max((n for n in range(2, EACH + 1) if part % n == 0), default=0)
-    if not each:
-        raise ValueError(f"a batch of {study.batch_size} has no two samples of one condition: take a larger even one")
-    some = min(study.num_classes, CONDITIONS) or (1 if study.conditions(0) is None else CONDITIONS)
+    batch = jax.tree.map(lambda leaf: all_rows(np.asarray(leaf)), study.conditions(0))
+    some = min(study.num_classes, CONDITIONS) or (1 if batch is None else CONDITIONS)
     groups = CONDITIONS if some == 1 else some  # without conditions all images are of one
     labels = np.arange(groups) * study.num_classes // groups
 
     def conditions(number: int) -> PyTree:
         rows = _of_process(study.batch_size)
-        group = (number * study.batch_size + np.arange(rows.start, rows.stop)) // each % groups
+        group = (number * study.batch_size + np.arange(rows.start, rows.stop)) // EACH % groups
         if study.num_classes:
             return labels[group].astype(np.int32)
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[group % len(leaf)], study.conditions(0))
+        return jax.tree.map(lambda leaf: leaf[group % len(leaf)], batch)
 
-    other = replace(study, conditions=conditions, count=groups * each, seed=study.seed + 1)
+    other = replace(study, conditions=conditions, count=groups * EACH, seed=study.seed + 1)
     parts = list(draws(sampler, other, Spent()))
     empty = np.zeros((0, *parts[0][1].shape[1:]), np.uint8) if parts else np.zeros((0, 1, 1, 3), np.uint8)
     numbers = all_rows(np.concatenate([np.zeros(0, np.int64), *(n for n, _ in parts)]))
     images = all_rows(np.concatenate([empty, *(x for _, x in parts)]))
     order = np.argsort(numbers)
-    of = numbers[order] // each if some > 1 else np.zeros(len(numbers), int)
+    of = numbers[order] // EACH if some > 1 else np.zeros(len(numbers), int)
     return perceptual_diversity(study.lpips, images[order].astype(np.float32) / 127.5 - 1, of, seed=study.seed)
 
 

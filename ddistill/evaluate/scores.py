@@ -63,7 +63,7 @@ def _is(fake: Seen, real: Seen, seed: int) -> Scores:
 
 
 def _cmmd(fake: Seen, real: Seen, seed: int) -> Scores:
-    return {"cmmd": cmmd(fake.rows["cmmd.embedding"], real.rows["cmmd.embedding"])}
+    return {"cmmd": cmmd(fake.rows["clip.embedding"], real.rows["clip.embedding"])}
 
 
 def _balls(name: str, k: int) -> Metric:
@@ -84,7 +84,7 @@ METRICS: Mapping[str, Metric] = {
     "fd_dinov2": Metric(
         "FD-DINOv2", "dinov2.embedding", "moments", _frechet("fd_dinov2", "dinov2.embedding"), "lower", ".1f", ""
     ),
-    "cmmd": Metric("CMMD", "cmmd.embedding", "rows", _cmmd, "lower", ".3f", "σ = 10, times 1000"),
+    "cmmd": Metric("CMMD", "clip.embedding", "rows", _cmmd, "lower", ".3f", "σ = 10, times 1000"),
     "clip_score": Metric("CLIP", "clip.embedding", "rows", None, "higher", ".2f", "100 max(cos, 0) with the prompts"),
     "lpips": Metric("LPIPS", "lpips.distance", "pairs", None, "higher", ".3f", "between images of one condition"),
 }

@@ -1,9 +1,8 @@
 """What evaluation networks see of an image: resampled as their references do, cut, and brought to a mean and spread.
 
-A `Preprocessing` is a jitted program's first step, so that images of one size go to the devices as they are;
-`Preprocessing.on_host` does its resampling with Pillow, for images of many sizes. Resampling is linear in the pixels,
-one matrix for each axis, which is made in float64. Numbers of different preprocessings do not compare (Parmar et al.
-2022): its name belongs to every result.
+A `Preprocessing` is a jitted program's first step, so that images go to the devices as they are. Resampling is linear
+in the pixels, one matrix for each axis, which is made in float64. Numbers of different preprocessings do not compare
+(Parmar et al. 2022): its name belongs to every result.
 """
 
 from collections.abc import Callable, Mapping
@@ -109,19 +108,6 @@ class Preprocessing:
         x = x[:, top : top + self.size, left : left + self.size]
         return (x - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
-    def on_host(self, image: np.ndarray) -> np.ndarray:
-        """An image [H, W, 3], uint8 -> [size, size, 3], which `__call__` does not resample again.
-
-        With Pillow where it does what the reference does: uint8 where that rounds, otherwise floats about [0, 1].
-        Raises ValueError for other shapes and types.
-        """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image is [H, W, 3], uint8; given {list(image.shape)} of {image.dtype}")
-        height, width = self._sides(*image.shape[:2])
-        small = _on_host(self.resampling, image, height, width)
-        top, left = self._offset(height), self._offset(width)
-        return small[top : top + self.size, left : left + self.size]
-
     def _sides(self, height: int, width: int) -> tuple[int, int]:
         if not self.crop:
             return self.size, self.size
@@ -132,33 +118,12 @@ class Preprocessing:
         return round((side - self.size) / 2)
 
 
-def _on_host(how: Resampling, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    from PIL import Image
-
-    if not how.antialias:
-        rows, columns = (resampling_matrix(how, *n) for n in ((image.shape[0], height), (image.shape[1], width)))
-        small = np.einsum("oh,pw,hwc->opc", rows, columns, image, optimize=True) / 255
-        return small.astype(np.float32)
-    kernel = Image.Resampling.BICUBIC if how.cubic else Image.Resampling.BILINEAR
-
-    def resized(channels: np.ndarray) -> np.ndarray:
-        # In two calls: columns first, as every Pillow did before 13, which begins with the cheaper axis.
-        columns = Image.fromarray(channels).resize((width, len(channels)), kernel)
-        return np.asarray(columns.resize((width, height), kernel))
-
-    if how.rounded:
-        return resized(image)
-    small = np.stack([resized(image[..., i].astype(np.float32)) for i in range(3)], axis=-1)
-    return (np.clip(small, 0, 255) if how.clipped else small) / np.float32(255)
-
-
 def _of_255(values: tuple[float, float, float]) -> tuple[float, float, float]:
     first, second, third = values
     return 255 * first, 255 * second, 255 * third
 
 
 _PILLOW = Resampling(cubic=True, antialias=True, rounded=True)
-_SMOOTH = Resampling(cubic=True, antialias=True)
 _TF, _HALF = (128.0,) * 3, (127.5,) * 3
 _CLIP = _of_255((0.48145466, 0.4578275, 0.40821073)), _of_255((0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = _of_255((0.485, 0.456, 0.406)), _of_255((0.229, 0.224, 0.225))
@@ -181,13 +146,11 @@ def tensorflow(size: int = 299) -> Preprocessing:
 
 
 def openai_clip(size: int = 224) -> Preprocessing:
-    """CLIP's own: Pillow's bicubic filter on 8 bits, the shorter side, then the middle (Radford et al. 2021)."""
+    """CLIP's own: Pillow's bicubic filter on 8 bits, the shorter side, then the middle (Radford et al. 2021).
+
+    Of squares it is CMMD's as well (Jayasumana et al. 2024).
+    """
     return Preprocessing("clip", size, _PILLOW, *_CLIP, crop=True)
-
-
-def cmmd(size: int = 336) -> Preprocessing:
-    """CMMD's for CLIP: JAX's bicubic resize, both sides (Jayasumana et al. 2024)."""
-    return Preprocessing("cmmd", size, _SMOOTH, *_CLIP)
 
 
 def dgm_eval(size: int = 224) -> Preprocessing:
@@ -195,13 +158,7 @@ def dgm_eval(size: int = 224) -> Preprocessing:
     return Preprocessing("dgm-eval", size, _PILLOW, *_IMAGENET)
 
 
-def edm2(size: int = 224) -> Preprocessing:
-    """EDM2's for DINOv2: torch's bicubic filter with antialiasing, both sides (Karras et al. 2024)."""
-    return Preprocessing("edm2", size, _SMOOTH, *_IMAGENET)
-
-
 PREPROCESSINGS: Mapping[str, Callable[[int], Preprocessing]] = {
-    "clean": clean, "pytorch-fid": pytorch_fid, "tensorflow": tensorflow, "clip": openai_clip, "cmmd": cmmd,
-    "dgm-eval": dgm_eval, "edm2": edm2,
+    "clean": clean, "pytorch-fid": pytorch_fid, "tensorflow": tensorflow, "clip": openai_clip, "dgm-eval": dgm_eval,
 }  # fmt: skip
 """From a name to the preprocessing for a side."""
