@@ -174,7 +174,31 @@ def test_statistics_and_folders_serve_as_reference(run, tmp_path, capsys, monkey
     assert main(argv) == 2
     assert "5 of 9 x 9" in capsys.readouterr().err
     assert main([*argv, "--crop"]) == 0
-    assert json.loads((tmp_path / "b" / "table.json").read_text())["made"]["reference"]["images"] == 5
+    assert json.loads((tmp_path / "b" / "table.json").read_text())["reference"]["images"] == 5
+    looked = []
+    monkeypatch.setattr(study, "statistics_of", lambda *a, **k: looked.append(a))
+    for changed in (["--metrics", "fd_dinov2", "--seed", "1"], ["--batch-size", "7"]):
+        assert main([*argv, "--crop", *changed]) == 2 and not looked
+        assert "holds another evaluation" in capsys.readouterr().err
+    assert main([*argv, "--crop"]) == 0 and not looked
+    Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(other / "0.png")
+    assert main([*argv, "--crop"]) == 2 and not looked
+    assert "holds another evaluation: reference: " in capsys.readouterr().err
+
+
+def test_what_other_models_decode_is_another_evaluation(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "plan", lambda *a: [])
+    monkeypatch.setattr(study, "decoder", lambda opened, models: lambda x: (np.asarray(x) + 1) / 2)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 3)
+    assert main(["evaluate", str(run), *ARGV, "--models", str(tmp_path / "a")]) == 0
+    assert main(["evaluate", str(run), *ARGV, "--models", str(tmp_path / "b")]) == 2
+    assert "holds another evaluation: models: " in capsys.readouterr().err
+    (run / "evaluation/rows.jsonl").unlink()  # its real images are those that the first ones decoded
+    looked, whole = [], study.statistics_of
+    monkeypatch.setattr(study, "statistics_of", lambda *a, **k: looked.append(1) or whole(*a, **k))
+    assert main(["evaluate", str(run), *ARGV, "--models", str(tmp_path / "b")]) == 0 and looked == [1]
 
 
 def test_beside_statistics_of_others_the_floor_is_the_runs_data_and_images_are_resized_as_theirs(

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddistill import storage
 from ddistill.cli.report_runs import Found, Shown
-from ddistill.cli.rows import fingerprint
+from ddistill.cli.rows import fingerprint, stamp
 from ddistill.report.page import Drawn, Motion, Sheet
 from ddistill.version import version
 
@@ -32,7 +32,7 @@ def identity(run: Found, models: Path | None, **asked: Any) -> dict[str, Any]:
         "ddistill": version(),
         "run": fingerprint(run.folder),
         "experiment": hashlib.sha256(source.read_bytes() if source.is_file() else b"").hexdigest(),
-        "networks": {folder: _files(Path(folder)) for folder in folders},
+        "networks": {folder: stamp(Path(folder)) for folder in folders if Path(folder).exists()},
         **asked,
     }
     return json.loads(json.dumps(made))
@@ -40,12 +40,6 @@ def identity(run: Found, models: Path | None, **asked: Any) -> dict[str, Any]:
 
 def _field(part: Any, name: str) -> Any:
     return part.get(name) if isinstance(part, Mapping) else None
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files in a folder."""
-    stats = {name: path.stat() for name, path in storage.files(folder).items()}
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
 
 
 def kept(run: Found, made: Mapping[str, Any]) -> Shown | None:

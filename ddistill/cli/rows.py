@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from ddistill import storage
 from ddistill.cli.output import finite, write_json, write_text
 from ddistill.overrides import differences
 
@@ -26,6 +27,14 @@ def fingerprint(run: Path) -> str:
         total.update(path.relative_to(run).as_posix().encode())
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
+
+
+def stamp(path: Path) -> str:
+    """A digest of the names, sizes and times of a file, or of all in a folder: another after one was replaced."""
+    files = storage.files(path) if path.is_dir() else {path.name: path}
+    stats = {name: file.stat() for name, file in files.items()}
+    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def kept_rows(folder: Path, made: Mapping[str, Any]) -> list[Row]:

@@ -1,6 +1,7 @@
 """`ddistill evaluate --features …`: any run whose samples are images, or latents of them, by networks' features."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ddistill.cli import Evaluate
 from ddistill.cli.evaluate import steps_of
 from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
 from ddistill.cli.output import cell, say, screen
-from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
+from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
 from ddistill.config import Experiment, Imported, PairsData
 from ddistill.datasets import LatentFolder
 from ddistill.digests import digest_of
@@ -64,19 +65,24 @@ def study(command: Evaluate, opened: Opened) -> None:
     decode = decoder(opened, folder)
     shape = to_bytes(decode(np.zeros((1, *opened.data.shape), np.float32))).shape[1:]
     in_colour(np.zeros((1, *shape), np.uint8))
-    real, notes = reference(command, opened, networks, names, decode, shape, theirs, out)
     count = STANDARD if command.samples is None else command.samples
     made = {
         "run": fingerprint(command.run),
         "metrics": list(names),
         "networks": used.identity(),
         "prompts": None if prompts is None else digest_of(np.frombuffer("\n".join(prompts).encode(), np.uint8)),
-        "reference": {k: real.about.get(k) for k in ("source", "images", "resolution")},
+        "models": None if folder is None else stamp(folder),
+        "reference": None if command.reference is None else [str(command.reference), stamp(command.reference)],
+        "crop": command.crop,
         "samples": count,
         "seed": command.seed,
         "batch_size": command.batch_size,
         "teacher": [command.integrator, command.teacher_steps],
     }
+    if (out / FILE).is_file():
+        kept_rows(out, made)  # what is refused is refused before images are looked at
+    images = (made["run"], made["models"], made["reference"], made["crop"])
+    real, notes = reference(command, opened, networks, names, decode, shape, theirs, out / "reference.npz", images)
     rows = kept_rows(out, made)
     experiment, size = opened.experiment, command.batch_size
     if prompts is None:
@@ -111,7 +117,14 @@ def study(command: Evaluate, opened: Opened) -> None:
     notes = (*notes, *dict.fromkeys(note for row in rows for note in row["notes"]))
     for note in notes:
         say(f"Note: {note}")
-    value = {"made": made, "how": {name: METRICS[name].how for name in names}, "notes": list(notes), "rows": rows}
+    told = {name: real.about.get(name) for name in ("source", "images", "resolution")}
+    value = {
+        "made": made,
+        "reference": told,
+        "how": {name: METRICS[name].how for name in names},
+        "notes": list(notes),
+        "rows": rows,
+    }
     write_table(out, value)
     write_copies(command.json, command.csv, value)
     say(f"Wrote {out}/table.json and table.csv")
@@ -177,9 +190,13 @@ def reference(
     decode: Decode,
     shape: tuple[int, ...],
     theirs: Statistics | None,
-    out: Path,
+    file: Path,
+    of: Any,
 ) -> tuple[Statistics, tuple[str, ...]]:
-    """Statistics of the real images, those in `out` where they are there already, and what is to be said of them."""
+    """Statistics of the real images, and what is to be said of them.
+
+    file: where they are kept, and taken from where they are there already. of: what makes the images.
+    """
     needs = wanted(names)
     if command.reference is not None and theirs is not None and not is_images(command.reference):
         return theirs, check_statistics(command.reference, theirs, networks, needs, shape)
@@ -187,19 +204,19 @@ def reference(
         images = images_of(opened.data, f"data of {command.run}", decode)
     else:
         images = images_at(command.reference, shape, crop=command.crop)
-    file = out / "reference.npz"
     if file.is_file():
         there = open_statistics(file)
-        if there.about.get("of") == images.digest():
+        if there.about.get("of") == json.loads(json.dumps(of)):
             try:
                 return there, check_statistics(file, there, networks, needs, shape)
-            except ValueError:  # of other metrics or networks, which rows.jsonl would tell: made anew
+            except ValueError:  # of other metrics or networks: made anew
                 pass
     say(f"Looking at {len(images):,} real images ({images.source})")
     made = statistics_of(images, networks, needs, kept=KEPT, batch_size=command.batch_size, seed=command.seed)
     if command.reference is not None and theirs is not None:
         made = with_moments(made, theirs, command.reference)
         check_statistics(command.reference, made, networks, needs, shape)
+    made = dataclasses.replace(made, about={**made.about, "of": of})
     save_statistics(file, made)
     return made, tuple(made.about["notes"])
 

@@ -1,6 +1,5 @@
 """Real images to compare samples with: a folder, tar files, arrays, or the data that a run was trained on."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +43,6 @@ class Images:
     def __len__(self) -> int:
         """Their number, those that cannot be read included."""
         return self.count
-
-    def digest(self) -> str:
-        """Another where the source, the names or the number of images are others."""
-        return hashlib.sha256("\n".join([self.source, str(self.count), *self.names]).encode()).hexdigest()[:16]
 
     def batches(self, size: int, numbers: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Numbers [n] and images [n, H, W, C], uint8, of up to `size` readable ones that are this process's.

@@ -73,7 +73,6 @@ def statistics_of(
         "format": FORMAT,
         "version": version(),
         "source": images.source,
-        "of": images.digest(),
         "images": one.count + (0 if other is None else other.count),
         "resolution": list(images.shape[:2]),
         "networks": identity(networks),
