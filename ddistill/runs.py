@@ -384,8 +384,10 @@ def what_teaches(described: Mapping[str, Any]) -> dict[str, Any]:
     """What makes the teacher of a described experiment: pairs beside its data do not."""
     names = ("data", "process", "network", "teacher", "batch_size", "accumulate", "seed")
     made = {name: described.get(name) for name in names}
-    pairs = isinstance(made["data"], dict) and made["data"].get("type") == describe(PairsData)
-    return {**made, "data": made["data"]["data"]} if pairs else made
+    data = made["data"]
+    if isinstance(data, dict) and data.get("type") == describe(PairsData):
+        made["data"] = data["data"]
+    return made
 
 
 def _what(described: dict[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,6 @@ def make_trainer(
         for name, (source, _) in method.ema.items():
             current[name] = nets[source].replace(params=state.ema[name])
         current = {name: laid_out(net, place) for name, net in current.items()}
-        batch = {**batch, **state.memory}
-
         params, opt, ema = dict(state.params), dict(state.opt), dict(state.ema)
 
         def losses(trained, part, key):
@@ -143,7 +141,7 @@ def make_trainer(
             for name in (name for name in method.losses if name in turn):
                 # Each is differentiated by its own network alone, so that the gradient of the sum is that of each.
                 seen = Nets({**current, name: current[name].replace(params=trained[name])}, name, made)
-                value, more = method.losses[name](seen, part, progress, key)
+                value, more = method.losses[name](seen, {**part, **state.memory}, progress, key)
                 total += value
                 info |= {f"{name}/{k}": v for k, v in {"loss": value, **more}.items()}
             return total, info
@@ -159,7 +157,8 @@ def make_trainer(
                 kept = decay(progress) if callable(decay) else decay
                 ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - kept)
 
-        memory = {n: m.update(state.memory[n], current, batch, progress, key) for n, m in method.memory.items()}
+        seen = {**batch, **state.memory}
+        memory = {n: m.update(state.memory[n], current, seen, progress, key) for n, m in method.memory.items()}
         after = State(state.step + 1, state.key, params, opt, ema, memory)
         return after, metrics | {"skipped": after.skipped(), "failing": after.failing()}
 

@@ -136,7 +136,8 @@ def test_the_flags_of_an_experiment_are_listed(capsys):
 def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (20, 0))
     file = tmp_path / "table.json"
-    assert main(["evaluate", str(finished), "--steps", "1", "2", "--json", str(file)]) == 0
+    assert main(["evaluate", str(finished), "--steps", "1", "2", "--seed", "3", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["flags"] == ["--steps", "1", "2", "--seed", "3"]
     rows = json.loads(file.read_text())["rows"]
     assert [(r["sampler"], r["nfe"]) for r in rows] == [
         ("held-out scans (floor)", None),

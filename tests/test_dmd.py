@@ -11,15 +11,17 @@ import pytest
 from ddistill.lora import LoRA
 from ddistill.losses.score import Likelihood, NoisePrediction
 from ddistill.losses.weightings import DataWeight
-from ddistill.methods import KD, Progressive, RectifiedFlow
+from ddistill.methods import GAN, KD, Adversary, Progressive, RectifiedFlow
 from ddistill.methods.base import UNKNOWN, Progress, Space
 from ddistill.methods.consistency import renoising_times
+from ddistill.methods.discriminators import Plain
 from ddistill.methods.dmd import DMD
 from ddistill.methods.fake_scores import Auxiliary, Delta, Drawn, MultiSample
+from ddistill.methods.guidance import Guided
 from ddistill.methods.sds import SDS, particles, sds_gradient
 from ddistill.methods.together import Together
 from ddistill.mixture import Mixture, as_teacher
-from ddistill.net import Net, from_extra_scale, guided
+from ddistill.net import Net, Scaled, from_extra_scale, guided
 from ddistill.process import edm, flow, vp
 from ddistill.stages import Stage, prepare, run
 from ddistill.train import make_trainer
@@ -273,6 +275,11 @@ def test_samples_of_other_conditions_do_not_count():
 
     seen = MultiSample()(EDM, jnp.full((3, 1), 1.0), jnp.full(3, 1.0), Drawn(drawn, cond, {}, {}, KEY))
     np.testing.assert_allclose(seen, [[1.0], [1.0], [9.0]], rtol=1e-6)
+    queue = {"x": jnp.asarray([[1.0], [3.0], [5.0]]), "filled": jnp.asarray([True, True, False])}
+    drawn = Drawn(drawn, cond, {}, {"queue": {**queue, "cond": jnp.asarray([0, 1, 0])}}, KEY)
+    seen = MultiSample(queue=3)(EDM, jnp.asarray([[1.0], [1.0], [6.0]]), jnp.full(3, 1.0), drawn)
+    by_hand = (0 * np.exp(-0.5) + 2 * np.exp(-0.5) + 1) / (2 * np.exp(-0.5) + 1)  # 0, 2 and the queue's 1
+    np.testing.assert_allclose(seen, [[by_hand], [by_hand], [6.0]], rtol=1e-6)  # 9 and the queue's 3
 
 
 def test_a_low_rank_fake_score_trains_its_adapter_alone():
@@ -282,11 +289,98 @@ def test_a_low_rank_fake_score_trains_its_adapter_alone():
     np.testing.assert_array_equal(fake(jnp.ones((2, 4)), 1.0), teacher(jnp.ones((2, 4)), 1.0))
 
 
+def test_backward_simulation_is_not_differentiated():
+    plain, closed = generator(), untraceable(generator())
+
+    def apply(params, rest, x, t, cond, *, s, key):  # the jumps on the way have no key
+        return (closed if key is None else plain).apply(params, rest, x, t, cond, s=s, key=key)
+
+    def loss(params):
+        nets = {"student": Net(params, {}, apply), "teacher": gaussian(), "fake": gaussian(std=0.3)}
+        return DMD(steps=3)(EDM).losses["student"](nets, {"x": X}, PROGRESS, KEY)[0]
+
+    assert all(np.isfinite(g) and g != 0 for g in jax.tree.leaves(jax.grad(loss)(plain.params)))
+
+
+def test_conditions_that_are_no_labels_are_met_with_words():
+    nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian()}
+    for cond, kind in ((Scaled(jnp.zeros(64, int), jnp.ones(64)), "Scaled"), (jnp.ones((64, 3)), r"float32\[64, 3\]")):
+        for fake, name in ((Auxiliary(), "fake"), (MultiSample(), "student"), (MultiSample(queue=4), "student")):
+            batch = {"x": X, "cond": cond, "queue": {"x": X[:4], "filled": jnp.ones(4, bool)}}
+            with pytest.raises(ValueError, match=f"have one label, .* these conditions are {kind}"):
+                DMD(fake)(EDM).losses[name](nets, batch, PROGRESS, KEY)
+    batch = {"x": X, "cond": jnp.ones((64, 3))}
+    assert np.isfinite(DMD(Auxiliary(stable=False))(EDM).losses["fake"](nets, batch, PROGRESS, KEY)[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "times"),
+    [
+        (GAN(Adversary(Plain(8, 1))), 1), (Together(KD(steps=(1,)), GAN(Adversary(Plain(8, 1)))), 2), (DMD(), 1),
+        (Together(KD(steps=(1,)), DMD()), 2), (Together(DMD(), GAN(Adversary(Plain(8, 1)))), 2),
+        (Guided(GAN(Adversary(Plain(8, 1)))), 1),
+    ],
+)  # fmt: skip
+def test_a_methods_samples_are_drawn_once_in_a_step_also_beside_and_within_others(config, times):
+    calls, plain = [], generator()
+
+    def apply(*args, **options):
+        calls.append(1)
+        return plain.apply(*args, **options)
+
+    guided = isinstance(config, Guided)
+    method = config(EDM)
+    method = dataclasses.replace(method, init={**method.init, "student": lambda t, k, s: Net(plain.params, {}, apply)})
+    trainer = make_trainer(method, dict.fromkeys(method.losses, optax.sgd(0.1)))
+    nets, state = prepare(trainer, gaussian(), gaussian(), KEY, Space((1,), 3 if guided else 0))
+    batch = {"x": X, "noise": X} | ({"cond": jnp.zeros(64, int)} if guided else {})
+    calls.clear()
+    trainer.step(state, nets, batch, method.turn(0))
+    assert len(calls) == times
+
+
+def test_another_methods_ratios_rates_and_memories_come_with_its_networks():
+    both = Together(DMD(every=3, rate=0.5), GAN(Adversary(rate=0.7), every=2, rate=0.1))(EDM)
+    assert dict(both.every) == {"student": 3}
+    assert dict(both.rate) == {"student": 0.5, "fake": 1.0, "discriminator": 0.7}
+    queued = Together(KD(steps=(1,)), DMD(MultiSample(queue=5)))(EDM)
+    queued = dataclasses.replace(queued, init={"student": lambda t, k, s: generator()})
+    trainer = make_trainer(queued, {"student": optax.set_to_zero()})
+    nets, state = prepare(trainer, gaussian(), gaussian(), KEY, Space((1,)))
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)  # that of the other's losses
+    x, _ = DMD().start(EDM, generator(), (4, 1), None, jax.random.split(key, 4)[0])
+    state, _ = trainer.step(state, nets, {"x": jnp.zeros((4, 1)), "noise": jnp.zeros((4, 1))}, ("student",))
+    np.testing.assert_allclose(state.memory["queue"]["x"][:4], C * x / EDM.sigma(EDM.t_max), rtol=1e-6)
+
+
+def test_a_queue_is_seen_whole_by_every_part_of_an_accumulated_step():
+    batch = {"x": jnp.zeros((4, 1))}
+    losses = []
+    for accumulate in (1, 2):
+        method = DMD(MultiSample(queue=6), weight=NoisePrediction())(EDM)
+        method = dataclasses.replace(method, init={"student": lambda t, k, s: generator()})
+        trainer = make_trainer(method, {"student": optax.set_to_zero()}, accumulate=accumulate)
+        nets, state = prepare(trainer, gaussian(), gaussian(), KEY, Space((1,)))
+        memory = {"x": jnp.arange(6.0)[:, None], "filled": jnp.ones(6, bool)}
+        state = dataclasses.replace(state, memory={"queue": memory})
+        keys = [jax.random.fold_in(state.key, state.step)]
+        keys = keys if accumulate == 1 else [jax.random.fold_in(keys[0], i) for i in range(2)]
+        part = {"x": batch["x"][: 4 // accumulate], "queue": memory}
+        nets = {**nets, "student": generator()}
+        expected = np.mean([method.losses["student"](nets, part, PROGRESS, k)[0] for k in keys])
+        after, metrics = trainer.step(state, nets, batch, ("student",))
+        np.testing.assert_allclose(metrics["student/loss"], expected, rtol=1e-5)
+        assert after.memory["queue"]["x"].shape == (6, 1)
+        losses.append(expected)
+    assert losses[0] != losses[1]
+
+
 def test_methods_add_up_with_weights():
     main, other = DMD(every=3, rate=0.5), KD(steps=(1,), pairs=10)
     both = Together(main, other, 0.25)(EDM)
     assert both.turn(1) == ("fake",) and both.rate["student"] == 0.5 and both.pairs == other(EDM).pairs
-    assert both.needs == {"x", "noise"} and set(both.losses) == {"student", "fake"}
+    assert both.needs == {"x", "noise"} and set(both.losses) == {"student", "fake"} and both.rate["fake"] == 1
+    assert DMD(fake_rate=0.2)(EDM).rate == {"student": 0.3, "fake": 0.2}
     nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian(std=0.3)}
     batch = {"x": jnp.ones((8, 1)), "noise": jnp.ones((8, 1))}
     value, metrics = both.losses["student"](nets, batch, PROGRESS, KEY)

@@ -117,6 +117,7 @@ def test_the_table_has_the_floor_the_teacher_and_the_student_with_their_times(ru
         with file.open() as lines:
             found = list(csv.DictReader(lines))
         assert [float(r["fd_dinov2"]) for r in found] == [r["fd_dinov2"] for r in rows]
+    assert table["flags"] == [*ARGV[6:], *ARGV[:6]]  # in the order of --help
     assert table["made"]["networks"]["dinov2"]["name"] == "dinov2-vit-s-14" and table["made"]["samples"] == 40
 
 

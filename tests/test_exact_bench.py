@@ -190,6 +190,17 @@ def test_a_leaderboard_goes_on_where_its_rows_end(monkeypatch, nothing_kept):
         assert cut < len(everything) or not rest
         assert not again & {"teacher/exact-map"}
 
+    def stopped(case, name, made, start, seed, plan, steps, keep=None):
+        yield {"mixture": "ring8", "method": name, "steps": steps[-1], "seed": seed}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(leaderboard, "student_rows", stopped)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        for row in leaderboard.leaderboard(names, ["ring8"], 1):
+            kept.append(row["method"])
+    assert "kd" not in kept and kept, "a student's rows are whole or not there"
+
 
 def rows_of_a_process(n):
     flags, threads = os.environ["XLA_FLAGS"], os.environ["OMP_NUM_THREADS"]

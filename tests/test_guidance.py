@@ -12,7 +12,7 @@ from flax import nnx
 
 from ddistill.integrators import ddim
 from ddistill.losses.distances import L2
-from ddistill.methods import KD, Consistency, Denoising
+from ddistill.methods import DMD, KD, Consistency, Denoising, MultiSample
 from ddistill.methods.base import Progress, Round
 from ddistill.methods.guidance import GuidanceDistillation, Guided, Scales, with_guidance
 from ddistill.methods.lcm import LatentConsistency
@@ -185,6 +185,8 @@ def test_all_losses_of_a_step_see_the_same_scales():
 def test_what_guidance_cannot_be_distilled_from_is_said():
     with pytest.raises(ValueError, match="learns from teacher pairs"):
         with_guidance(KD()(PROCESS), Scales())
+    with pytest.raises(ValueError, match=r"keeps samples from step to step \(queue\) cannot draw a guidance scale"):
+        with_guidance(DMD(MultiSample(queue=8))(PROCESS), Scales())
     with pytest.raises(ValueError, match="no cond"):
         loss_of(Guided(Consistency())(PROCESS), {"teacher": network(), "student": network()}, {"x": X})
     with pytest.raises(ValueError, match="exact=True"):

@@ -9,7 +9,7 @@ import pytest
 
 from ddistill.integrators import Solution, ddim
 from ddistill.losses.distances import L2
-from ddistill.losses.weightings import DataWeight
+from ddistill.losses.weightings import DataWeight, EpsWeight
 from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
 from ddistill.methods.consistency import position
@@ -107,6 +107,11 @@ def test_one_interval_per_segment_regresses_on_one_step_of_the_teacher(process):
     teacher = teacher_of(process)
     shifted = Net({}, {}, lambda *a, **k: teacher.apply(*a, **k) + 0.3)
     np.testing.assert_allclose(loss_of(config, process, shifted), 0.09, rtol=1e-2)
+    # Weights are those of squared distances: of noise prediction α_t/σ_t, the root of 1/ρ².
+    weighted = dataclasses.replace(config, weighting=EpsWeight())
+    t = one.draw(process, Progress(0), jax.random.split(jax.random.key(1), 3)[0], len(X)).t
+    expected = 0.09 * jnp.mean(process.alpha(t) / process.sigma(t))
+    np.testing.assert_allclose(loss_of(weighted, process, shifted), expected, rtol=1e-2)
     # With the data for the teacher it is the regression on x0 that trains denoisers.
     trained = dataclasses.replace(config, from_data=True)
     zero = Net({}, {}, lambda p, r, x, t, c, **k: jnp.zeros_like(x))
@@ -205,7 +210,21 @@ def test_addim_is_the_teachers_step_where_it_is_asked_for():
     plain = dataclasses.replace(config, addim=1e-9)
     teacher = teacher_of(process)
     assert loss_of(plain, process, teacher) < 1e-6  # η → 0 is DDIM, whose x0 is the teacher's
-    assert loss_of(config, process, teacher) > 1e-4
+    pair = config.segments.draw(process, Progress(0), jax.random.split(jax.random.key(1), 3)[0], len(X))
+    noise = jax.random.normal(jax.random.split(jax.random.key(1), 3)[1], X.shape)
+    x_t = process.diffuse(X, noise, pair.t)
+    estimate = teacher(x_t, pair.t)
+    x_s = addim(process, estimate, x_t, pair.t, pair.s, 0.75 * jnp.mean((estimate - X) ** 2, axis=1))
+    expected = jnp.mean((estimate - process.destination(x_t, pair.t, x_s, pair.edge)) ** 2)
+    np.testing.assert_allclose(loss_of(config, process, teacher), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="addim = 0.75 is of the teacher's step, and from_data takes none"):
+        dataclasses.replace(config, from_data=True)
+
+
+def test_segments_that_cannot_be_are_met_with_words():
+    for wrong in ({"phases": ()}, {"phases": (1, 0)}, {"phases": (1, 2), "shares": (1.0,)}, {"shares": (1, 1, 1, 0)}):
+        with pytest.raises(ValueError, match="phases = "):
+            Segments(**wrong)
 
 
 def test_other_numbers_of_steps_are_met_with_words():

@@ -328,3 +328,24 @@ def test_gamma_zero_is_the_flow_map_and_gamma_one_the_consistency_sampler():
     renoised = net.jump(process, x, 80.0, 0.0) + 2 * jax.random.normal(jax.random.fold_in(key, 0), x.shape)
     by_hand = net.jump(process, renoised, 2.0, 0.0)
     np.testing.assert_allclose(sample(net, process, times, x, key, gamma=1.0).x, by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Consistency(), ConsistencyTraining(), MultistepConsistency(), PhasedConsistency(), CTM(dsm=0.0), Invertible()],
+    ids=lambda c: type(c).__name__,
+)
+def test_both_sides_of_a_loss_drop_the_same_units(config):
+    process, keys = edm(), []
+    teacher = as_teacher(MIXTURE, process)
+
+    def apply(params, rest, x, t, cond, *, s, key):
+        keys.append(None if key is None else tuple(np.asarray(jax.random.key_data(key))))
+        return jax.lax.stop_gradient(x)
+
+    nets = {"teacher": teacher, **dict.fromkeys(("student", "forward", "reverse"), Net({}, {}, apply))}
+    for loss in config(process).losses.values():
+        keys.clear()
+        loss(nets, {"x": jnp.asarray(X)}, Progress(0), jax.random.key(1))
+        assert len(keys) >= 2 and None not in keys
+        assert len(set(keys)) == 1 + isinstance(config, CTM)  # whose denoising is a loss of its own

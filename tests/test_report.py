@@ -264,6 +264,9 @@ def runs(tmp_path_factory, one_device):
         {"sampler": "student", "nfe": 1, "frechet": 2.5, "recall": 0.5},
     ]
     (folder / "a" / "evaluate.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    flags = ["--features", "inception=a.pth", "--metrics", "fid"]
+    (folder / "a" / "evaluation").mkdir()
+    (folder / "a" / "evaluation" / "table.json").write_text(json.dumps({"flags": flags, "rows": rows[:1]}))
     return folder
 
 
@@ -289,6 +292,9 @@ def test_the_command_shows_what_it_can_and_says_why_it_cannot_show_the_rest(writ
         "held-out scans (floor)": {"frechet": 1.0, "recall": 0.97}, "a": {"frechet": 2.5, "recall": 0.5},
     }  # fmt: skip
     assert set(data["curves"]["a"]) >= {"teacher: student/loss", "distillation: student/loss"}
+    for line in ("\n", " --features inception=a.pth --metrics fid"):
+        assert f"ddistill evaluate {runs / 'a'}-again{line}" in written_page[0]
+    assert f"ddistill evaluate {runs / 'c'}-again" not in written_page[0]
 
 
 def test_the_samples_of_a_page_are_the_runs_samples_from_one_noise(written_page, runs):

@@ -168,14 +168,18 @@ def test_noise_prediction_weighs_the_difference_of_predicted_noise(process, weig
     np.testing.assert_allclose(divergence_gradient(process, t, x, x, real, weight), expected, rtol=2e-4, atol=2e-5)
 
 
-def test_the_normaliser_does_not_see_the_scale_of_the_data():
-    process, t = edm(), jnp.asarray([0.5, 2.0])
+@pytest.mark.parametrize("process", PROCESSES, ids=name_of)
+def test_the_normaliser_does_not_see_the_scale_of_the_data(process):
+    t = jnp.asarray([0.3, 0.8])
     x, fake, real = (jax.random.normal(k, (2, 6)) for k in jax.random.split(jax.random.key(3), 3))
     here = divergence_gradient(process, t, x, fake, real, Normalised(0.0))
     there = divergence_gradient(process, t, 7 * x, 7 * fake, 7 * real, Normalised(0.0))
     np.testing.assert_allclose(here, there, rtol=1e-5)
-    np.testing.assert_allclose(Normalised(0.0)(process, t, x, real), 1 / np.abs(x - real).mean(1), rtol=1e-6)
-    np.testing.assert_allclose(Normalised(10.0)(process, t, x, real), 0.1, rtol=1e-6)
+    # Eq. 8 is of α_t (s_fake − s_real), (α_t/σ_t)² times the difference of denoisers.
+    paper = process.sigma(t) ** 2 / process.alpha(t) / np.abs(x - real).mean(1)
+    of_denoisers = paper * (process.alpha(t) / process.sigma(t)) ** 2
+    np.testing.assert_allclose(Normalised(0.0)(process, t, x, real), of_denoisers, rtol=1e-5)
+    np.testing.assert_allclose(Normalised(10.0)(process, t, x, real), process.alpha(t) / 10, rtol=1e-6)
 
 
 def test_the_surrogate_has_the_given_gradient_also_where_it_is_small():

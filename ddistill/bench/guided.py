@@ -50,7 +50,8 @@ def guided_rows(
 ) -> Iterator[Row]:
     """Distil a student that takes a guidance scale, and judge it at several scales and numbers of steps.
 
-    endpoint, endpoint_median: distance to where the exact guided flow takes the same noise; sw2: sliced Wasserstein-2
+    endpoint, endpoint_median: distance to where the exact guided flow takes the same noise, of samplers that renoise
+    nothing; sw2: sliced Wasserstein-2
     distance to the exact guided flow of other noise, floor_sw2 that between two such sets; all over the data's scale.
     recall: the share of modes found, see `mode_recall`; diversity: mean distance between samples of one condition over
     that of the exact guided flow, which itself has less of it the higher the scale.
@@ -74,13 +75,14 @@ def guided_rows(
         varied = condition_diversity(reference, labels)
 
         def judged(
-            method: str, n: int, nfe: int, x: Array, wall: float, truth=(w, exact, reference, floor, varied)
-        ) -> Row:
+            method: str, n: int, nfe: int, x: Array, wall: float, mapped: bool = True,
+            truth=(w, exact, reference, floor, varied),
+        ) -> Row:  # fmt: skip
             w, exact, reference, floor, varied = truth
             error = (np.asarray(x, np.float64) - np.asarray(exact, np.float64)) / SCALE
             metrics = {
-                "endpoint": float(np.sqrt(np.mean(error**2))),
-                "endpoint_median": float(np.median(np.sqrt(np.mean(error**2, axis=1)))),
+                "endpoint": float(np.sqrt(np.mean(error**2))) if mapped else None,
+                "endpoint_median": float(np.median(np.sqrt(np.mean(error**2, axis=1)))) if mapped else None,
                 "sw2": sliced_wasserstein(x, reference) / SCALE,
                 "recall": mode_recall(problem.mixture, problem.process, x, reference, labels),
                 "diversity": condition_diversity(x, labels) / varied,
@@ -97,7 +99,8 @@ def guided_rows(
             key = jax.random.fold_in(jax.random.key(seed), 3)
             solution = sample(student, process, sampling.times(n), own, key, gamma=sampling.gamma, cond=cond)
             drawn[n] = solution.x
-            yield judged(name, n, int(solution.nfe), solution.x, wall)
+            # Renoised in between, samples are not those of this noise.
+            yield judged(name, n, int(solution.nfe), solution.x, wall, n == 1 or sampling.gamma == 0)
         if keep is not None and w == 1:
             # By `mode_recall`, which counts all that is nearest to a mode, samples far from all would lose none.
             write_kept(keep, problem.name, name, seed, Kept(

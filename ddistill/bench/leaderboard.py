@@ -34,9 +34,10 @@ def leaderboard(
     jobs: int = 1,
     keep: Path | None = None,
 ) -> Iterator[Row]:
-    """Rows of every mixture, seed and method, each as soon as it is known; with one job the teacher's come first.
+    """Rows of every mixture, seed and method, those of a student as soon as all are known; with one job the teacher's
+    come first.
 
-    have: rows of earlier calls. A method whose last row is among them for a mixture and seed is not trained again.
+    have: rows of earlier calls. A method that has rows among them for a mixture and seed is not trained again.
     jobs: processes, of one thread each on a CPU, that train so many students at a time; they may share a GPU.
     keep: the folder for some samples of the students of the first seed (`bench.kept`).
     """
@@ -58,8 +59,8 @@ def leaderboard(
             (_student, mixture, seed, name, None if seed else keep) for m, s, name in todo if (m, s) == (mixture, seed)
         ]
     if jobs == 1:
-        for rows, *which in parts:
-            yield from rows(*which)
+        for part in parts:
+            yield from _all(part)
     else:
         yield from _side_by_side(parts, jobs)
 

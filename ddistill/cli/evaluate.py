@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ddistill import sharding
 from ddistill.cli import Evaluate
-from ddistill.cli.output import cell, screen
+from ddistill.cli.output import cell, screen, words_of
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
@@ -20,6 +20,9 @@ from ddistill.evaluate.samplers import Sampler, across, samplers, student_sample
 from ddistill.runs import Opened, open_run
 
 Row = dict[str, Any]
+
+FILES = ("run", "out", "json", "csv", "peers")
+"""Fields of the command that name what it reads and writes, and not what is judged."""
 
 USUAL = (1, 2, 4, 8)
 """Steps where none are asked for, of those that the student serves."""
@@ -42,7 +45,7 @@ def evaluate(command: Evaluate) -> None:
     plan = samplers_of(opened, steps_of(opened, command.steps))
     judge_digits(
         digits, opened, plan, json=command.json, csv=command.csv, likelihood=command.likelihood, count=command.samples,
-        seed=command.seed, run=command.run, out=command.out,
+        seed=command.seed, run=command.run, out=command.out, flags=words_of(command, FILES),
     )  # fmt: skip
 
 
@@ -112,8 +115,12 @@ def judge_digits(
     seed: int = 0,
     run: Path | None = None,
     out: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> None:
-    """Print the table, and write it to json and csv. out: a folder for the rows of `run`, in which they are kept."""
+    """Print the table, and write it to json and csv.
+
+    out: a folder for the rows of `run`, in which they are kept. flags: of the command, which are written beside them.
+    """
     shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}
     caption = (
         "from the same noise and labels; Fréchet, precision, recall, density, coverage against the training scans; "
@@ -144,7 +151,7 @@ def judge_digits(
             show(row)
             if out is not None:
                 keep_row(out, row)
-    value = {"rows": rows}
+    value = {"flags": list(flags), "rows": rows}
     if out is not None:
         write_table(out, value)
     write_copies(json, csv, value)

@@ -1,9 +1,11 @@
 """What commands print and write, the first of several processes alone."""
 
+import dataclasses
 import json
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,23 @@ def say(text: str) -> None:
     """A line about what happens, beside what is asked for; the first of several processes says it."""
     if first():
         print(text, file=sys.stderr, flush=True)
+
+
+def words_of(command: Any, leave: Collection[str] = ()) -> list[str]:
+    """The flags of a command's fields that are not at their defaults, but of those named in `leave`."""
+    words: list[str] = []
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name in leave or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, tuple) and isinstance(value[0], str):  # a flag that is repeated
+            words += [word for part in value for word in (flag, part)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """`ddistill report`: runs and rows of benchmarks as one page."""
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -14,6 +13,7 @@ from rich.progress import Progress
 from ddistill.checkpoint import CheckpointError
 from ddistill.cli import Report
 from ddistill.cli.networks import read_prompts
+from ddistill.cli.output import words_of
 from ddistill.cli.report_kept import identity, keep, kept
 from ddistill.cli.report_runs import Found, Shown, drawn_of, facts_of, find, groups_of
 from ddistill.report.html import write_page
@@ -85,9 +85,7 @@ def commands(run: Found) -> list[str]:
         return ["# started from Python: no command repeats it"]
     again = f"{run.folder}-again"
     lines = [shlex.join(["ddistill", "distill", f"{run.folder}/experiment.py", *run.overrides, "--workdir", again])]
-    if run.rows:
-        lines.append(shlex.join(["ddistill", "evaluate", again]))
-    return lines
+    return lines + [shlex.join(["ddistill", "evaluate", again, *flags]) for flags in run.evaluated]
 
 
 def groups_of_rows(path: Path) -> list[Group]:
@@ -122,11 +120,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _again(command: Report) -> str:
     """The command line of the command."""
-    words = ["ddistill", "report", *map(str, command.runs)]
-    for flag in dataclasses.fields(command):
-        value = getattr(command, flag.name)
-        if flag.name not in ("runs", "out") and value != flag.default:
-            words += [f"--{flag.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words = ["ddistill", "report", *map(str, command.runs), *words_of(command, ("runs", "out"))]
     return shlex.join([*words, "--out", str(command.out)])
 
 

@@ -38,6 +38,7 @@ class Found:
     """What a run's folder tells without its networks.
 
     data, teacher: digests, equal where runs have the same of it. rows: those of evaluations found in the folder.
+    evaluated: the flags of each.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Found:
     data: str
     teacher: str
     rows: Sequence[Mapping[str, Any]] = ()
+    evaluated: Sequence[Sequence[str]] = ()
     curves: Mapping[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
@@ -96,7 +98,7 @@ def _read(folder: Path, name: str) -> Found:
     teaches = what_teaches(config)
     return Found(
         name, folder, config, record["overrides"], record["version"],
-        _digest([teaches["data"], teaches["process"]]), _digest(teaches), _evaluations(folder), _curves(folder),
+        _digest([teaches["data"], teaches["process"]]), _digest(teaches), *_evaluations(folder), _curves(folder),
     )  # fmt: skip
 
 
@@ -104,9 +106,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _evaluations(folder: Path) -> list[Mapping[str, Any]]:
-    """Rows of all files of evaluations in the folder, the newest last: of the same sampler and cost it counts."""
+def _evaluations(folder: Path) -> tuple[list[Mapping[str, Any]], list[list[str]]]:
+    """Rows of all files of evaluations in the folder, and the flags of each evaluation.
+
+    The newest last: of the same sampler and cost it counts.
+    """
     rows: dict[tuple, Mapping[str, Any]] = {}
+    evaluated: dict[tuple[str, ...], None] = {}
     files = [*folder.glob("*.json"), *folder.glob("evaluation/*.json")]
     for path in sorted(files, key=lambda p: p.stat().st_mtime):
         try:
@@ -114,10 +120,11 @@ def _evaluations(folder: Path) -> list[Mapping[str, Any]]:
         except (OSError, ValueError):
             continue
         here = value.get("rows") if isinstance(value, dict) else None
-        for row in here if isinstance(here, list) else []:
-            if isinstance(row, dict) and "sampler" in row:
-                rows[row["sampler"], row.get("nfe")] = row
-    return list(rows.values())
+        found = [row for row in here if isinstance(row, dict) and "sampler" in row] if isinstance(here, list) else []
+        rows |= {(row["sampler"], row.get("nfe")): row for row in found}
+        if found:
+            evaluated[tuple(map(str, value.get("flags", ())))] = None
+    return list(rows.values()), [list(flags) for flags in evaluated]
 
 
 def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:

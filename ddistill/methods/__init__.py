@@ -60,7 +60,7 @@ METHODS = {
         RectifiedFlow, "Rectified flow (1-RF)", "Liu et al. 2022, arXiv:2209.03003", (1, 2, 4, 8, 64)
     ),
     "reflow": Entry(Reflow, "Reflow, distilled", "Liu et al. 2022, arXiv:2209.03003", effort=(2.0, 2.0)),
-    "flow_consistency": Entry(FlowConsistency, "Consistency on a flow", "Yang et al. 2024, arXiv:2407.02398"),
+    "flow_consistency": Entry(FlowConsistency, "Consistency on a flow", "Song et al. 2023, arXiv:2303.01469"),
     "consistency": Entry(Consistency, "Consistency distillation", "Song et al. 2023, arXiv:2303.01469"),
     "consistency_training": Entry(
         ConsistencyTraining, "Consistency training", "Song & Dhariwal 2023, arXiv:2310.14189"

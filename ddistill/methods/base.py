@@ -95,7 +95,8 @@ class Memory:
     """Arrays that training carries from step to step, such as a queue of samples; losses find them in their batch.
 
     init: (nets, space) -> pytree before the first step. update: (pytree, nets, batch, progress, key) -> pytree after
-    each step, with the nets, batch and key that the step's losses saw.
+    each step, with the nets, batch and key that the step's losses saw, of accumulated steps the whole batch and a key
+    of its own.
     """
 
     init: Callable[[Mapping[str, Net], Space], Any]

@@ -28,7 +28,7 @@ class DMD:
     and the conditions of the samples.
 
     fake: where s_fake comes from. times: the law of t, `KarrasRamp` in the papers; here high noise, which weighs the
-    modes, begins, and low noise, which shapes them, joins in. weight: w_t α_t (α_t/σ_t)², of μ_fake − μ_real; the
+    modes, begins, and low noise, which shapes them, joins in. weight: w_t (α_t/σ_t)², of μ_fake − μ_real; the
     paper's normaliser by default. Guidance is the teacher's alone. every: the student is updated in one step of so
     many; the fake score in each. rate, fake_rate: their learning rates as multiples of the optimiser's, the student's
     the smaller, so that the score of its samples can follow it. steps: with more than one the student learns to jump
@@ -93,7 +93,7 @@ class DMD:
             x0 = student.jump(process, x, times[i - 1], 0.0, cond)
             renoised = process.diffuse(x0, jax.random.normal(keys[i], shape), times[i])
             x = jnp.where(expand(stop >= i, x), renoised, x)
-        return jax.lax.stop_gradient(x), times[stop]
+        return x, times[stop]
 
     def sampling_times(self, process: Process, steps: int) -> Array:
         """Times of the sampler, which are those that the student has learned to jump from."""

@@ -54,8 +54,22 @@ class Draw(Protocol):
 
 def own_score(process: Process, x_t: Array, t: Array, drawn: Drawn) -> Array:
     """E[x0 | x_t] if x0 is one of the samples drawn, of the same condition."""
-    mine = None if drawn.cond is None else drawn.cond[:, None] == drawn.cond
+    mine = None if drawn.cond is None else alike(drawn.cond, drawn.cond)
     return multi_sample_denoiser(process, x_t, t, drawn.x, mine)
+
+
+def alike(a: Any, b: Any) -> Array:
+    """Which labels a [A] and b [B] are the same, [A, B].
+
+    Raises ValueError for conditions that are no labels, of which no two are the same.
+    """
+    if not hasattr(a, "dtype") or a.ndim != 1 or not jnp.issubdtype(a.dtype, jnp.integer):
+        kind = f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__
+        raise ValueError(
+            "samples tell their own score where several have one label, integers [B], and these conditions are "
+            f"{kind}: let a network alone tell it, DMD(Auxiliary(stable=False))"
+        )
+    return a[:, None] == b
 
 
 @dataclass(frozen=True)
@@ -130,10 +144,9 @@ class MultiSample:
         if not self.queue:
             return own_score(process, x_t, t, drawn)
         old = drawn.batch["queue"]
-        mine = jnp.broadcast_to(old["filled"], (len(x), self.queue))
+        now, mine = jnp.ones((len(x), len(x)), bool), jnp.broadcast_to(old["filled"], (len(x), self.queue))
         if cond is not None:
-            mine = mine & (cond[:, None] == old["cond"])
-        now = jnp.ones((len(x), len(x)), bool) if cond is None else cond[:, None] == cond
+            now, mine = alike(cond, cond), mine & alike(cond, old["cond"])
         references = jnp.concatenate([x, old["x"]])
         return multi_sample_denoiser(process, x_t, t, references, jnp.concatenate([now, mine], axis=1))
 

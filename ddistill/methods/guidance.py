@@ -12,6 +12,7 @@ from ddistill.losses.times import LogNormal
 from ddistill.methods.base import Loss, Made, Method, Round, rounds
 from ddistill.methods.denoising import Denoising
 from ddistill.methods.progressive import Progressive
+from ddistill.methods.sharing import derived, exchanged
 from ddistill.net import Scaled, guided_by_condition
 from ddistill.process import Process
 
@@ -72,6 +73,11 @@ def _with_scales(method: Method, scales: Scales, null: int | None) -> Method:
             "a method that learns from teacher pairs cannot draw a guidance scale for each sample: distil it at one "
             "scale, from a teacher with that guidance"
         )
+    if method.memory:
+        raise ValueError(
+            f"a method that keeps samples from step to step ({', '.join(method.memory)}) cannot draw a guidance scale "
+            "for each: leave its queue out, or distil it at one scale"
+        )
     losses = {name: _scaled(loss, scales, null) for name, loss in method.losses.items()}
     sampling = dataclasses.replace(method.sampling, guidance=scales.sampled)
     return dataclasses.replace(method, losses=losses, sampling=sampling)
@@ -81,12 +87,12 @@ def _scaled(loss: Loss, scales: Scales, null: int | None) -> Loss:
     def with_scale(nets, batch, progress, key):
         if batch.get("cond") is None:
             raise ValueError("guidance is distilled from labelled data, and the batch has no cond")
-        k_w, key = jax.random.split(key)
+        k_w, k_loss = derived(nets, key, lambda: tuple(jax.random.split(key)))
         cond = batch["cond"]
         w = scales(k_w, jnp.shape(jax.tree.leaves(cond)[0])[0])
         if null is not None:
-            nets = {**nets, "teacher": guided_by_condition(nets["teacher"], null)}
-        return loss(nets, {**batch, "cond": Scaled(cond, w)}, progress, key)
+            nets = exchanged(nets, teacher=guided_by_condition(nets["teacher"], null))
+        return loss(nets, {**batch, "cond": Scaled(cond, w)}, progress, k_loss)
 
     return with_scale
 

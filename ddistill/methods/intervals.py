@@ -67,6 +67,12 @@ class Segments:
     solver_steps: int = 1
     rho: float = 7.0
 
+    def __post_init__(self):
+        if not self.phases or min(self.phases) < 1:
+            raise ValueError(f"phases = {self.phases}: numbers of segments, 1 or more each")
+        if self.shares and (len(self.shares) != len(self.phases) or min(self.shares) <= 0):
+            raise ValueError(f"shares = {self.shares}: one above 0 for each of phases = {self.phases}, or none")
+
     def draw(self, process: Process, progress: Progress, key: Array, count: int) -> Pair:
         """Draw `count` pairs of times."""
         n = doubled(progress, self.intervals, self.max_intervals)

@@ -13,12 +13,13 @@ from ddistill.process import Process
 
 @dataclass(frozen=True)
 class LatentConsistency:
-    """E d(f_θ(x_{n+k}, w, c, t_{n+k}), f_θ⁻(x_n^w, w, c, t_n)), x_n^w the guided teacher's step over k nodes (eq. 14).
+    """E λ d(f_θ(x_{n+k}, w, c, t_{n+k}), f_θ⁻(x_n^w, w, c, t_n)), x_n^w the guided teacher's step of k nodes (eq. 14).
 
-    It is `Consistency` under `with_guidance`: one student for all w of `scales` (Imagen's w, the paper's plus 1). The
-    grid is fine, `nodes` intervals, and a training step skips k = `skip` of them (sec. 4.3): consistency on nodes/skip
-    intervals that begin anywhere. solver: takes solver_steps steps over the k nodes; the paper takes one of `ddim`,
-    whose error at strong guidance the student keeps.
+    It is `Consistency` under `with_guidance`: one student for all w of `scales` (Imagen's w, the paper's plus 1). A
+    training step skips k = `skip` nodes of a fine grid of `nodes` intervals (sec. 4.3), here as one of nodes/skip
+    intervals of Karras' grid that begins anywhere; the paper's nodes are uniform in t. λ = 1/(ρ_{n+k} − ρ_n) where
+    `weighted`, otherwise 1 as in the paper. solver: takes solver_steps steps over the k nodes; the paper takes one of
+    `ddim`, whose error at strong guidance the student keeps.
     """
 
     nodes: int = 1000
@@ -26,6 +27,7 @@ class LatentConsistency:
     solver: Callable = dpmpp_3s
     solver_steps: int = 1
     distance: Distance = field(default_factory=PseudoHuber)
+    weighted: bool = True
     target_ema: float = 0.0
     ema: float = 0.99
     scales: Scales = field(default_factory=Scales)
@@ -40,6 +42,6 @@ class LatentConsistency:
         n = self.nodes // self.skip
         consistency = Consistency(
             intervals=n, max_intervals=n, solver=self.solver, solver_steps=self.solver_steps, between=True,
-            distance=self.distance, target_ema=self.target_ema, ema=self.ema,
+            distance=self.distance, weighted=self.weighted, target_ema=self.target_ema, ema=self.ema,
         )  # fmt: skip
         return with_guidance(consistency(process), self.scales, self.null)

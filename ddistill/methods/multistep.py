@@ -29,6 +29,10 @@ class MultistepConsistency:
     from_data: bool = False
     ema: float = 0.99
 
+    def __post_init__(self):
+        if self.from_data and self.addim:
+            raise ValueError(f"addim = {self.addim} is of the teacher's step, and from_data takes none: leave one out")
+
     def __call__(self, process: Process) -> Method:
         """The method on a process."""
 

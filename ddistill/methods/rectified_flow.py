@@ -45,12 +45,10 @@ class RectifiedFlow:
     pairs: Pairs | None = None
     rate: float = 0.03
     ema: float = 0.999
-    process: Process = field(default_factory=flow)
 
     def __call__(self, process: Process) -> Method:
-        """The method for a teacher of any process; the student lives in `self.process`."""
-        del process
-        process = self.process
+        """The method for a teacher of any process; the student lives in rectified flow's."""
+        process = flow()
 
         def loss(nets, batch, progress, key):
             x0, cond = batch["x"], batch.get("cond")
@@ -125,20 +123,19 @@ class Reflow:
 
 @dataclass(frozen=True)
 class FlowConsistency:
-    """Consistency distillation of a flow: f(x, t) = x − t û. "Combine CD and RF".
+    """Consistency distillation of a flow (Song et al. 2023): f(x, t) = x − t û. "Combine CD and RF".
 
-    rounds of reflow come first if k > 1: where the flow is straight one Euler step is exact, so that few intervals and
-    a plain solver suffice. With k = 1 the flow is the teacher's own.
+    Rounds of reflow (Liu et al. 2022) come first if k > 1: where the flow is straight one Euler step is exact, so that
+    few intervals and a plain solver suffice. With k = 1 the flow is the teacher's own.
     """
 
     k: int = 1
     reflow: Reflow = field(default_factory=lambda: Reflow(nodes=0))
     consistency: Consistency = field(default_factory=Consistency)
     share: float = 1.0
-    process: Process = field(default_factory=flow)
 
     def __call__(self, process: Process) -> tuple[Round, ...]:
         """The rounds for a teacher of any process."""
-        last = dataclasses.replace(self.consistency(self.process), process=self.process)
+        last = dataclasses.replace(self.consistency(flow()), process=flow())
         before = dataclasses.replace(self.reflow, k=self.k)(process) if self.k > 1 else ()
         return (*before, Round("consistency", last, self.share, self.k - 1))

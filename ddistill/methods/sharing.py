@@ -17,6 +17,22 @@ class Nets(dict[str, Net]):
         self.learner, self.made = learner, made
 
 
+def exchanged(nets: Mapping[str, Net], **others: Net) -> Mapping[str, Net]:
+    """The same with other networks, for what a loss is wrapped in."""
+    changed = {**nets, **others}
+    return Nets(changed, nets.learner, nets.made) if isinstance(nets, Nets) else changed
+
+
+def derived(nets: Mapping[str, Net], key: Array, make: Callable[[], Any]) -> Any:
+    """make(), keys made of a key: for all losses of a step the same objects, by which `once` knows them."""
+    if not isinstance(nets, Nets):
+        return make()
+    at = "key", id(key), make.__code__
+    if at not in nets.made:
+        nets.made[at] = key, make()
+    return nets.made[at][1]
+
+
 def once(nets: Mapping[str, Net], of: str, key: Array, make: Callable[[], Any]) -> Any:
     """make(), a pytree that the network `of` computes with the key: once for all losses of a step.
 

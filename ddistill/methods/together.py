@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from ddistill.methods.base import Loss, Made, Method
+from ddistill.methods.base import Loss, Made, Memory, Method
+from ddistill.methods.sharing import derived
 from ddistill.process import Process
 
 
@@ -34,15 +35,17 @@ class Together:
             raise ValueError(f"the methods live in different processes, {main.process} and {other.process}")
         if main.pairs and other.pairs and main.pairs != other.pairs:
             raise ValueError(f"both methods bring teacher pairs, {main.pairs} and {other.pairs}: make them the same")
-        losses = {**other.losses, **main.losses}
-        losses |= {n: _sum(main.losses[n], other.losses[n], self.weight) for n in set(main.losses) & set(other.losses)}
+        beside = {name: _beside(loss) for name, loss in other.losses.items()}
+        losses = {**beside, **main.losses}
+        losses |= {n: _sum(main.losses[n], beside[n], self.weight) for n in set(main.losses) & set(beside)}
+        kept = {name: dataclasses.replace(m, update=_updated(m)) for name, m in other.memory.items()}
         return dataclasses.replace(
             main,
             losses=losses,
             init={**other.init, **main.init},
             every=_completed(main.every, other.every, main),
             rate=_completed(main.rate, other.rate, main),
-            memory={**other.memory, **main.memory},
+            memory={**kept, **main.memory},
             ema={**other.ema, **main.ema},
             needs=main.needs | other.needs,
             pairs=main.pairs or other.pairs,
@@ -53,10 +56,23 @@ def _completed(main: Mapping[str, Any], other: Mapping[str, Any], method: Method
     return {**{name: value for name, value in other.items() if name not in method.losses}, **main}
 
 
+def _beside(loss: Loss) -> Loss:
+    """The other method's loss, with random numbers of its own, which all of that method's losses share."""
+
+    def of_other(nets, batch, progress, key):
+        return loss(nets, batch, progress, derived(nets, key, lambda: jax.random.fold_in(key, 1)))
+
+    return of_other
+
+
+def _updated(memory: Memory) -> Callable[..., Any]:
+    return lambda old, nets, batch, progress, key: memory.update(old, nets, batch, progress, jax.random.fold_in(key, 1))
+
+
 def _sum(main: Loss, other: Loss, weight: float) -> Loss:
     def loss(nets, batch, progress, key):
         a, of_a = main(nets, batch, progress, key)
-        b, of_b = other(nets, batch, progress, jax.random.fold_in(key, 1))
+        b, of_b = other(nets, batch, progress, key)
         return a + weight * b, {**of_b, **of_a, "main": a, "other": b}
 
     return loss
