@@ -116,7 +116,7 @@ def markdown(rows: Sequence[Row], experiments: Sequence[Experiment], command: st
     shown = [] if picture is None else [f"![Precision and recall over steps, a line for each method]({picture})", ""]
     head = ("sampler", "network calls", *(title for title, _, _ in _COLUMNS))
     lines = [
-        "# Digits: every method from one teacher",
+        "# Digits: students of one teacher",
         "",
         f"Made by `{command}` on {jax.device_count()} {jax.devices()[0].platform.upper()} device(s). Class-conditional "
         f"MLP teacher, seed {experiments[0].seed}; columns as in the README: Fréchet distance, precision, recall, "

@@ -61,7 +61,7 @@ def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
             shutdown_timeout_seconds=max(60, peers.heartbeat), **options,
         )  # fmt: skip
         with on_signals():  # which JAX now hears in their place, and tells a training alone
-            jax.device_count()  # the devices of all are made known to all, which waits for all
+            _aside(jax.device_count)  # the devices of all are made known to all, which waits for all
     except ValueError as error:  # of a cluster that JAX does not see as one
         if cluster.coordinator is not None or "should be defined" not in str(error):
             raise
@@ -69,6 +69,23 @@ def join(peers: Peers, environment: Mapping[str, str] | None = None) -> bool:
     finally:
         timer.cancel()
     return True
+
+
+def _aside(work: Callable[[], Any]) -> None:
+    """Call it in a thread, so that this one hears signals while the other waits in compiled code."""
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def first() -> bool:

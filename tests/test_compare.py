@@ -40,6 +40,10 @@ def test_every_student_is_judged_at_the_steps_it_serves_and_a_second_call_trains
     assert calls[-3:] == [("consistency", 1), ("consistency", 2), ("kd", 1)]
     assert [c[1] for c in calls[:5]] == [None, 35, 8, 1, 2]
     assert all((row["train_s"] is not None) == (row["sampler"] in ("consistency", "kd")) for row in rows)
+    for row in rows[-3:]:
+        told = [json.loads(line) for line in (tmp_path / row["sampler"] / "metrics.jsonl").read_text().splitlines()]
+        (spent,) = [line["spent"] for line in told if "spent" in line and line["stage"] == "student"][-1:]
+        assert row["train_s"] == pytest.approx(sum(v for k, v in spent.items() if k not in ("began", "first")))
     page = markdown(rows, [TINY, ONE_STEP], "the command")
     assert "`the command`" in page and page.count("| kd |") == 2 and page.count("| consistency | ") == 3
     assert "| density | coverage | diversity |" in page and "![" not in page
@@ -77,6 +81,7 @@ def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
     assert "consistency" in page and "(page.png)" in page
     assert Image.open(tmp_path / "page.png").size[0] > 1000
     assert json.loads((tmp_path / "page.json").read_text())["rows"][-1]["sampler"] == "consistency"
+    assert (tmp_path / "runs/compare/consistency/experiment.py").read_text() == file.read_text()
     assert main(["compare", "--out", "page.md"]) == 2
 
 

@@ -322,7 +322,7 @@ def test_processes_that_are_connected_leave_at_once_outside_a_training_and_with_
 
 
 CONNECTED = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from unittest import mock
 
 import jax
@@ -332,9 +332,11 @@ from ddistill.launchers import Cluster, Peers
 from ddistill.signals import Stopped, on_signals
 
 
-def told():  # while processes wait for each other's devices
-    os.kill(os.getpid(), signal.SIGTERM)
-    return 1
+def told():  # while it waits in compiled code, where Python's handlers do not run
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)
 
 
 one = Cluster("one", f"localhost:{sys.argv[1]}", 1, 0)
