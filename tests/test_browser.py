@@ -6,12 +6,14 @@ import itertools
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from report_pages import COLUMNS, STEPS, page
 
+from ddistill.cli import main
 from ddistill.report.html import write_page
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -313,6 +315,37 @@ def test_the_keyboard_sees_where_it_is(browser, report):
     browser.one("#filter").send_keys(Keys.TAB)
     width = browser.run("return getComputedStyle(document.activeElement).outlineWidth")
     assert browser.run("return document.activeElement.id") == "show-match" and float(width[:-2]) >= 2
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_the_rows_of_the_benchmark_and_of_digits_open_beside_a_run(browser, published_rows, width, scheme):
+    browser.driver.get_log("performance"), browser.driver.get_log("browser")
+    browser.open(published_rows, width=width, height=800, prefers_color_scheme=scheme)
+    plots_drawn(browser, browser.run("return document.querySelectorAll('.plot').length"))
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert {"ring8", "grid25", "digits", "digits 2", "digits.json"} <= {
+        name.partition(" (")[0] for name in browser.texts("main h2")
+    }
+    shown = browser.texts("tbody th")
+    assert {"kd", "dmd", "ctm_gan", "digits_add", "digits_kd"} <= {name.partition("\n")[0] for name in shown}
+    events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
+    requests = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    asked = {r["request"]["url"] for r in requests if r["documentURL"] == published_rows.as_uri()}
+    assert {url for url in asked if not url.startswith("data:")} == {published_rows.as_uri()}
+    assert browser.driver.get_log("browser") == []
+
+
+@pytest.fixture(scope="module")
+def published_rows(tmp_path_factory):
+    """The page of the rows in experiments/results and of a tiny run on digits."""
+    folder = tmp_path_factory.mktemp("published")
+    run, results = folder / "run", Path(__file__).parents[1] / "experiments" / "results"
+    experiment = results.parent / "digits_consistency.py"
+    flags = ["--network.width", "16", "--network.blocks", "1", "--teacher.steps", "2", "--steps", "2"]
+    assert main(["distill", str(experiment), "--workdir", str(run), *flags, "--batch-size", "8"]) == 0
+    rows = [str(results / name) for name in ("exact.json", "digits.json")]
+    assert main(["report", str(run), *rows, "--out", str(folder), "--samples", "9"]) == 0
+    return folder / "index.html"
 
 
 def test_a_hundred_runs_are_drawn_as_they_come_into_view(browser, tmp_path):

@@ -30,7 +30,9 @@ def test_kid_is_the_mean_over_subsets_of_a_double_loop():
     assert got == pytest.approx((np.mean(values), np.std(values), 13), rel=1e-10)
     assert kid(a, b, subsets=11, size=13, seed=4).mean != got.mean
     # Fewer samples than a subset wants: all of them, in every subset.
-    whole = mmd2_by_loops(a[:20].astype(float), a[:20] + 1.0, lambda x, y: (x @ y / 6 + 1) ** 3, unbiased=True)
+    whole = mmd2_by_loops(
+        a[:20].astype(float), (a[:20] + 1.0).astype(float), lambda x, y: (x @ y / 6 + 1) ** 3, unbiased=True
+    )
     few = kid(a[:20], a[:20] + 1.0, subsets=2)
     assert few.size == 20 and few.mean == pytest.approx(whole, rel=1e-10)
 

@@ -1,5 +1,6 @@
 """`ddistill report`: runs and rows of benchmarks as one page."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -49,7 +50,7 @@ def report(command: Report) -> None:
                 drawn[run.name] = _shown(run, command, prompts)
             except Exception as error:  # one run that fails, in whatever way, must not cost the others their page
                 failed[str(run.folder)] = str(error) if isinstance(error, _IN_WORDS) else repr(error)
-    groups = [*groups_of(found, drawn), *groups]
+    groups = _told_apart([*groups_of(found, drawn), *groups])
     if not groups and not found:
         raise ValueError("nothing to show: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     page = Page(
@@ -100,7 +101,7 @@ def groups_of_rows(path: Path) -> list[Group]:
         return groups(rows, path)
     if all("sampler" in row for row in rows):
         named = [(str(row["sampler"]) if is_student(row) else None, row) for row in rows]
-        return [Group(path.stem, [table(named)])]
+        return [Group(path.name, [table(named)])]
     raise ValueError("its rows are neither of a benchmark (mixture, method) nor of an evaluation (sampler)")
 
 
@@ -116,6 +117,16 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError('has no rows: expected {"rows": [...]} as bench, evaluate and compare write it')
     return rows
+
+
+def _told_apart(groups: Sequence[Group]) -> list[Group]:
+    """The same with titles that differ: "digits", "digits 2"."""
+    count: dict[str, int] = {}
+    named = []
+    for group in groups:
+        n = count[group.title] = count.get(group.title, 0) + 1
+        named.append(group if n == 1 else dataclasses.replace(group, title=f"{group.title} {n}"))
+    return named
 
 
 def _again(command: Report) -> str:

@@ -282,7 +282,6 @@ def _motions(opened: Opened, noise, labels, key, steps: int) -> list[Motion]:
 def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]:
     """Runs by the data they learned; teachers that are the same are shown once, others by the names of their runs."""
     groups = []
-    titles: dict[str, int] = {}
     for data in dict.fromkeys(run.data for run in found):
         runs = [run for run in found if run.data == data]
         owners = {
@@ -310,10 +309,8 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
         words = "" if named else (
             "No results in the runs' folders: ddistill evaluate RUN --json RUN/evaluate.json adds a table and plots."
         )  # fmt: skip
-        title = str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower()
-        titles[title] = titles.get(title, 0) + 1
         groups.append(Group(
-            title if titles[title] == 1 else f"{title} {titles[title]}",
+            str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower(),
             [table(named)] if named else [],
             [*references, *labelled],
             [dataclasses.replace(m, label=label) for label, m in paths.items()],
