@@ -142,11 +142,12 @@ def page(opened: Opened, *, most: int, most_steps: int, models: Path | None = No
             student, teacher = draw(asked)
         except (ValueError, OSError, ImportError) as error:
             raise gradio.Error(str(error)) from error
+        suffix = opened.guided_teacher(asked.guidance)[1]
         shown = [picture(drawn.x, data, pad) for drawn in (student, teacher)]
         student_image, teacher_image = (np.repeat(p, 3, axis=2) if p.shape[2] == 1 else p for p in shown)
         return (
             student_image, words("student", asked.steps, student),
-            teacher_image, words("teacher, DPM-Solver++(2M)", asked.teacher_steps, teacher),
+            teacher_image, words(f"teacher, DPM-Solver++(2M){suffix}", asked.teacher_steps, teacher),
         )  # fmt: skip
 
     with gradio.Blocks(title=experiment.name, analytics_enabled=False) as blocks:
