@@ -50,11 +50,11 @@ def guided_rows(
 ) -> Iterator[Row]:
     """Distil a student that takes a guidance scale, and judge it at several scales and numbers of steps.
 
-    endpoint, endpoint_median: distance to where the exact guided flow takes the same noise, of samplers that renoise
-    nothing; sw2: sliced Wasserstein-2
-    distance to the exact guided flow of other noise, floor_sw2 that between two such sets; all over the data's scale.
-    recall: the share of modes found, see `mode_recall`; diversity: mean distance between samples of one condition over
-    that of the exact guided flow, which itself has less of it the higher the scale.
+    endpoint, endpoint_median: distance to where the exact guided flow takes the same noise, None where samples were
+    renoised on the way; sw2: sliced Wasserstein-2 distance to the exact guided flow of other noise, floor_sw2 that
+    between two such sets; all over the data's scale. recall: the share of modes found, see `mode_recall`; diversity:
+    mean distance between samples of one condition over that of the exact guided flow, which itself has less of it the
+    higher the scale.
     The exact teacher under DPM-Solver++(2M) stands beside it. keep: the folder to put some samples without guidance in,
     w = 1, whose classes are equally frequent (`bench.kept`).
     """
@@ -99,7 +99,6 @@ def guided_rows(
             key = jax.random.fold_in(jax.random.key(seed), 3)
             solution = sample(student, process, sampling.times(n), own, key, gamma=sampling.gamma, cond=cond)
             drawn[n] = solution.x
-            # Renoised in between, samples are not those of this noise.
             yield judged(name, n, int(solution.nfe), solution.x, wall, n == 1 or sampling.gamma == 0)
         if keep is not None and w == 1:
             # By `mode_recall`, which counts all that is nearest to a mode, samples far from all would lose none.

@@ -34,8 +34,7 @@ def leaderboard(
     jobs: int = 1,
     keep: Path | None = None,
 ) -> Iterator[Row]:
-    """Rows of every mixture, seed and method, those of a student as soon as all are known; with one job the teacher's
-    come first.
+    """Rows of every mixture, seed and method, a student's as soon as all are known; with one job the teacher's first.
 
     have: rows of earlier calls. A method that has rows among them for a mixture and seed is not trained again.
     jobs: processes, of one thread each on a CPU, that train so many students at a time; they may share a GPU.
