@@ -16,7 +16,7 @@ from PIL import Image
 from report_pages import page
 
 from ddistill.cli import main
-from ddistill.cli.report import read_rows
+from ddistill.cli.report import _told_apart, read_rows
 from ddistill.cli.report_runs import find
 from ddistill.evaluate.samplers import start, student_sampler
 from ddistill.integrators import heun
@@ -316,6 +316,11 @@ def test_the_commands_of_a_page_repeat_its_runs(written_page, runs):
     words = shlex.split(re.sub(r"<.*", "", line).replace("&#39;", "'"))
     again = load_experiment(words[2], words[3 : words.index("--workdir")])
     assert describe(again) == json.loads((runs / "a" / "experiment.json").read_text("utf-8"))["experiment"]
+
+
+def test_groups_with_one_title_are_numbered():
+    titles = [group.title for group in _told_apart([Group(name) for name in ("digits", "ring8", "digits", "digits")])]
+    assert titles == ["digits", "ring8", "digits 2", "digits 3"]
 
 
 def test_runs_with_one_name_are_told_apart_by_their_folders(runs, tmp_path):
