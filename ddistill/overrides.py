@@ -56,14 +56,19 @@ def describe(value: Any) -> Any:
     return _name(value)
 
 
-def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Lines "optimizer.learning_rate: 0.001 before, 0.01 now" for all that differs between two described values."""
+def differences(before: Any, after: Any, path: str = "", *, absent: bool = True) -> list[str]:
+    """Lines "optimizer.learning_rate: 0.001 before, 0.01 now" for all that differs between two described values.
+
+    absent: whether what one of them lacks counts, such as a field of a later version.
+    """
     if isinstance(before, dict) and isinstance(after, dict) and before.get("type") == after.get("type"):
         names = [*before, *(n for n in after if n not in before)]
         return [
             line
-            for n in names
-            for line in differences(before.get(n, "absent"), after.get(n, "absent"), f"{path}.{n}".lstrip("."))
+            for n in (names if absent else [n for n in before if n in after])
+            for line in differences(
+                before.get(n, "absent"), after.get(n, "absent"), f"{path}.{n}".lstrip("."), absent=absent
+            )
         ]
     return [] if before == after else [f"{path}: {_short(before)} before, {_short(after)} now"]
 

@@ -206,7 +206,8 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
 
     experiment: needed only where the run was started from Python without an experiment file. Raises FileNotFoundError
     where the folder is no run, CheckpointError where the run is unfinished, ValueError where the experiment it was made
-    with is no longer what its file gives (as after an update that changed a default).
+    with is no longer what its file gives (as after an update that changed a default; fields that an update adds or takes
+    away are not asked for).
     """
     workdir = storage.folder(workdir)
     record = _record(workdir)
@@ -222,7 +223,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
             )
         experiment = load_experiment(workdir / "experiment.py", record["overrides"])
     experiment = resolved(experiment)
-    lines = differences(_what(record["experiment"]), _what(describe(experiment)))
+    lines = differences(_what(record["experiment"]), _what(describe(experiment)), absent=False)
     if lines:
         raise ValueError(
             f"{workdir} was made by ddistill {record['version']} with other values: {'; '.join(lines[:8])}. "

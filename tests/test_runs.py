@@ -201,6 +201,16 @@ def test_a_run_is_read_back_without_training(tmp_path, whole):
         open_run(tmp_path)
     with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
         open_run(tmp_path, dataclasses.replace(TINY, seed=1))
+    # By a version whose method lacked one field and had another; to train on it is another matter.
+    record = json.loads((tmp_path / "experiment.json").read_text())
+    method = record["experiment"]["method"]
+    method["of_before"] = method.pop("weighted")
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    assert leaves_equal(open_run(tmp_path, TINY).student, whole.student)
+    with pytest.raises(
+        ValueError, match=r"method\.of_before: True before, absent now; method\.weighted: absent before"
+    ):
+        distil(TINY, tmp_path, Silent())
 
 
 def test_metrics_of_repeated_steps_are_read_once_and_a_torn_line_not_at_all(tmp_path):
