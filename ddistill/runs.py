@@ -206,8 +206,8 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
 
     experiment: needed only where the run was started from Python without an experiment file. Raises FileNotFoundError
     where the folder is no run, CheckpointError where the run is unfinished, ValueError where the experiment it was made
-    with is no longer what its file gives (as after an update that changed a default; fields that an update adds or takes
-    away are not asked for).
+    with is no longer what its file gives (as after an update that changed a default; fields that it added or took away
+    are not asked for).
     """
     workdir = storage.folder(workdir)
     record = _record(workdir)
