@@ -1,10 +1,11 @@
 """How many seeds reach their number: distribution matching and adversarial distillation with their defaults.
 
-    ddistill bench exact --methods dmd,add --mixture grid25 --seeds 10 --jobs 2 --json experiments/results/stability.json
-    python experiments/stability.py experiments/results/stability.json --out experiments/results/stability.md
+    ddistill bench exact --methods dmd,add --mixture grid25 --seeds 10 --jobs 2 --json rows.json
+    python experiments/stability.py rows.json --out experiments/results/stability.md
 
-The first command trains the seeds whose rows are not in the file yet. Every seed has its own network fitted to the
-teacher, batches, noise and discriminator. The numbers are at one step, in two dimensions.
+The first command trains the seeds whose rows are not in its file yet; experiments/results/stability.json has some.
+Every seed has its own network fitted to the teacher, batches, noise and discriminator. The numbers are at one step, in
+two dimensions.
 """
 
 import argparse
