@@ -81,6 +81,8 @@ def test_the_command_writes_the_page_and_the_rows(tmp_path, monkeypatch):
     assert "consistency" in page and "(page.png)" in page
     assert Image.open(tmp_path / "page.png").size[0] > 1000
     assert json.loads((tmp_path / "page.json").read_text())["rows"][-1]["sampler"] == "consistency"
+    kept = json.loads((tmp_path / "runs/compare/consistency/compare.json").read_text())["rows"]
+    assert kept == json.loads((tmp_path / "page.json").read_text())["rows"]
     assert (tmp_path / "runs/compare/consistency/experiment.py").read_text() == file.read_text()
     assert main(["compare", "--out", "page.md"]) == 2
 

@@ -333,6 +333,9 @@ def compare(command: Compare, stop: Stop) -> None:
     rows = list(done)
     files = " ".join(str(path) for path in command.experiments)
     write_json(command.out.with_suffix(".json"), {"rows": rows})
+    for name in (e.name for e in experiments):  # for `ddistill report`
+        own = [row for row in rows if row["train_s"] is None or row["sampler"] == name]
+        write_json(command.workdir / name / "compare.json", {"rows": own})
     picture = command.out.with_suffix(".png")
     lines, references = front(rows)
     trade_off(picture, lines, references=references, title="Digits: students of one teacher, over network calls")
