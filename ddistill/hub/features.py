@@ -83,8 +83,7 @@ def load_features(
     """A network with the weights of a published file, safetensors (a file, or a folder of one model) or torch.save's.
 
     network: a configuration, the published ones being in `NETWORKS`. preprocessing: by default Clean-FID's for
-    Inception, CLIP's own for CLIP, FD-DINOv2's for DINOv2. dtype: what the network computes
-    in.
+    Inception, CLIP's own for CLIP, FD-DINOv2's for DINOv2. dtype: what the network computes in.
 
     Files are, for Inception, pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its releases on GitHub) or
     torch-fidelity's weights-inception-2015-12-05-6726825d.pth; for CLIP, model.safetensors of the Hugging Face models
