@@ -191,7 +191,7 @@ def test_distribution_matching_of_dit_is_the_hand_count():
 
     fake: a sample, then forward, again, backward (2): 5. discriminator: a sample, and the teacher on it and on data: 3.
     student: a sample, which the fake score learns from too, a guided teacher (2), the fake score, again, backward (2),
-    and for the adversary a sample, the teacher on it, back through it, again, backward (2): 12 more.
+    and for the adversary, on the discriminator's sample, the teacher, back through it, again, backward (2): 11 more.
     """
     experiment = published("imagenet256_dit_dmd", num_layers=2)
     seen = traced_once(experiment, 4)
@@ -201,7 +201,7 @@ def test_distribution_matching_of_dit_is_the_hand_count():
     }
     by = {row.name: row.work.flops / 4 / 2 for row in analysed(dataclasses.replace(experiment, fsdp=1), 1, seen)}
     assert by["student, step of discriminator and fake"] == pytest.approx(8 * dit(2), rel=0.03)
-    assert by["student, step of discriminator and fake and student"] == pytest.approx(20 * dit(2), rel=0.03)
+    assert by["student, step of discriminator and fake and student"] == pytest.approx(19 * dit(2), rel=0.03)
 
 
 def test_flux_with_an_adapter_is_the_hand_count():
