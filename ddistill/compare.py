@@ -41,6 +41,7 @@ def compare(
     be opened. Raises ValueError where the experiments are not on digits or differ in what makes their teacher, or share
     a name, and Stopped where `stop` asks for it, with the training saved.
     """
+    experiments = [resolved(e) for e in experiments]
     first = experiments[0]
     if not isinstance(first.data, DigitsData):
         raise ValueError(f"experiments on digits can be compared; {first.name} is on {type(first.data).__name__}")
@@ -57,11 +58,11 @@ def compare(
         results[e.name] = distil(
             e, workdir / e.name, source=file, teacher_from=None if e is first else trained, stop=stop
         )  # fmt: skip
-    teacher, process = results[first.name].teacher, resolved(first).process
+    teacher, process = results[first.name].teacher, first.process
     plan = [teacher_sampler(teacher, process, heun, 18, "teacher, Heun")]
     plan += [teacher_sampler(teacher, process, dpmpp_2m, n, "teacher, DPM-Solver++(2M)") for n in (8, *steps)]
     for e in experiments:
-        plan += _students(resolved(e), results[e.name].student, steps)
+        plan += _students(e, results[e.name].student, steps)
     wall = {name: _training(workdir / name) for name in names}
     for row in evaluate(load_digits(first.data.seed), process, plan):
         yield {**row, "train_s": wall.get(row["sampler"])}

@@ -21,8 +21,8 @@ from ddistill.runs import Opened, open_run
 
 Row = dict[str, Any]
 
-FILES = ("run", "out", "json", "csv", "peers")
-"""Fields of the command that name what it reads and writes, and not what is judged."""
+UNJUDGED = ("run", "out", "json", "csv", "peers")
+"""Fields of the command that do not change what is judged."""
 
 USUAL = (1, 2, 4, 8)
 """Steps where none are asked for, of those that the student serves."""
@@ -45,7 +45,7 @@ def evaluate(command: Evaluate) -> None:
     plan = samplers_of(opened, steps_of(opened, command.steps))
     judge_digits(
         digits, opened, plan, json=command.json, csv=command.csv, likelihood=command.likelihood, count=command.samples,
-        seed=command.seed, run=command.run, out=command.out, flags=words_of(command, FILES),
+        seed=command.seed, run=command.run, out=command.out, flags=words_of(command, UNJUDGED),
     )  # fmt: skip
 
 

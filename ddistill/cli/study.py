@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
-from ddistill.cli.evaluate import FILES, steps_of
+from ddistill.cli.evaluate import UNJUDGED, steps_of
 from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
 from ddistill.cli.output import cell, say, screen, words_of
 from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
@@ -120,7 +120,7 @@ def study(command: Evaluate, opened: Opened) -> None:
     told = {name: real.about.get(name) for name in ("source", "images", "resolution")}
     value = {
         "made": made,
-        "flags": words_of(command, FILES),
+        "flags": words_of(command, UNJUDGED),
         "reference": told,
         "how": {name: METRICS[name].how for name in names},
         "notes": list(notes),

@@ -48,13 +48,13 @@ class CTM:
     Times lie on Karras' grid of `intervals` intervals, the last of which ends at 0; between its nodes too, or with
     between = False on them alone, as in the paper; that draws the gap before t and cuts none short. gap: the smallest
     and the largest t − u as shares of that grid, drawn with a density proportional to t − u; u is never below s.
-    (.12, .12) is local matching, (0, 1) soft and (1, 1)
-    global (u = s). final: share of the batch with s = 0, over those that the uniform law of s puts there. solver: any
-    deterministic integrator, with solver_steps from t to u. weighted: w = 1/ρ_t, as errors of a jump grow with the
-    noise it removes; 1 in the paper. target_ema: θ⁻ is the student itself (0) or its average. dsm: λ; None is the
-    paper's adaptive one by the parameters of path `last_layer` (`balance`). exact: x̂ is the teacher's denoiser instead
-    of x0: the same optimum, less noise. adversary: trained from the first step on, heard by the student after the share
-    adversary_from of the steps, with λ' = adversary_weight times the adaptive weight, which stays within [.01, 10].
+    (.12, .12) is local matching, (0, 1) soft and (1, 1) global (u = s). final: share of the batch with s = 0, over
+    those that the uniform law of s puts there. solver: any deterministic integrator, with solver_steps from t to u.
+    weighted: w = 1/ρ_t, as errors of a jump grow with the noise it removes; 1 in the paper. target_ema: θ⁻ is the
+    student itself (0) or its average. dsm: λ; None is the paper's adaptive one by the parameters of path `last_layer`
+    (`balance`). exact: x̂ is the teacher's denoiser instead of x0: the same optimum, less noise. adversary: trained
+    from the first step on, heard by the student after the share adversary_from of the steps, with λ' = adversary_weight
+    times the adaptive weight, which stays within [.01, 10].
     Few long gaps with an accurate solver hand down less error than many short ones.
     """
 
