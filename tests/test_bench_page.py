@@ -257,7 +257,8 @@ def test_a_page_needs_no_samples(mixture, tmp_path, monkeypatch):
 LIMITS = [
     ("kd", 1, {"sw2": 0.03, "precision": 0.95, "endpoint": 0.03}), ("progressive", 1, {"sw2": 0.045, "endpoint": 0.08}),
     ("rectified_flow", 64, {"sw2": 0.03}), ("reflow", 1, {"sw2": 0.03, "endpoint": 0.035}),
-    ("consistency", 1, {"endpoint": 0.05}), *(("consistency", n, {"sw2": 0.03, "precision": 0.9}) for n in (1, 2, 4, 8)),
+    ("consistency", 1, {"endpoint": 0.05}),
+    *(("consistency", n, {"sw2": 0.03, "precision": 0.9}) for n in (1, 2, 4, 8)),
     *(("ctm", n, {"sw2": most}) for n, most in ((1, 0.04), (2, 0.035), (4, 0.035), (8, 0.03), (16, 0.03))),
     ("invertible", 4, {"sw2": 0.05}), ("dmd", 1, {"sw2": 0.08, "precision": 0.75, "recall": 0.95}),
     ("dmd_regression", 1, {"sw2": 0.045, "precision": 0.75, "recall": 1}),
