@@ -177,7 +177,7 @@ class RunLog:
             left = (self._steps - step) / max(rate, 1e-9)
             loss = next(iter(self._losses.values()), math.nan)
             told = "" if math.isnan(loss) else f"  loss {loss:.4g}"  # not read yet
-            self._line(f"{self._stage} {step}/{self._steps}{told}  {rate:.0f} steps/s  {left:.0f} s left")
+            self._line(f"{self._stage} {step}/{self._steps}{told}  {rate:.3g} steps/s  {left:.0f} s left")
 
     def _words(self) -> str:
         """The losses, and the goodput of all starts up to now."""

@@ -387,6 +387,11 @@ def guided_by_condition(net: Net, null: PyTree = -1, interval: tuple[float, floa
     return Net(net.params, rest, _Guided(net.apply, interval))
 
 
+def passes(net: Net) -> int:
+    """Forward passes that one call of a network costs: 2 of one that `guided` made, 1 of any other."""
+    return 2 if isinstance(net.apply, _Guided) else 1
+
+
 def to_extra_scale(w: Array | float) -> Array | float:
     """w' = w − 1 of D_c + w' (D_c − D_∅), 0 being none (Ho & Salimans 2022, Meng et al. 2023, LCM), from Imagen's w.
 

@@ -19,6 +19,7 @@ from ddistill.methods.dmd import DMD
 from ddistill.methods.fake_scores import Auxiliary, Delta, Drawn, MultiSample
 from ddistill.methods.guidance import Guided
 from ddistill.methods.sds import SDS, particles, sds_gradient
+from ddistill.methods.sharing import Nets, once
 from ddistill.methods.together import Together
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net, Scaled, from_extra_scale, guided
@@ -347,7 +348,7 @@ def test_another_methods_ratios_rates_and_memories_come_with_its_networks():
     queued = dataclasses.replace(queued, init={"student": lambda t, k, s: generator()})
     trainer = make_trainer(queued, {"student": optax.set_to_zero()})
     nets, state = prepare(trainer, gaussian(), gaussian(), KEY, Space((1,)))
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)  # that of the other's losses
+    key = jax.random.split(jax.random.fold_in(state.key, state.step))[1]  # that of the other's losses
     x, _ = DMD().start(EDM, generator(), (4, 1), None, jax.random.split(key, 4)[0])
     state, _ = trainer.step(state, nets, {"x": jnp.zeros((4, 1)), "noise": jnp.zeros((4, 1))}, ("student",))
     np.testing.assert_allclose(state.memory["queue"]["x"][:4], C * x / EDM.sigma(EDM.t_max), rtol=1e-6)
@@ -384,11 +385,40 @@ def test_methods_add_up_with_weights():
     nets = {"student": generator(), "teacher": gaussian(), "fake": gaussian(std=0.3)}
     batch = {"x": jnp.ones((8, 1)), "noise": jnp.ones((8, 1))}
     value, metrics = both.losses["student"](nets, batch, PROGRESS, KEY)
-    a = main(EDM).losses["student"](nets, batch, PROGRESS, KEY)[0]
-    b = other(EDM).losses["student"](nets, batch, PROGRESS, jax.random.fold_in(KEY, 1))[0]
+    of_main, of_other = jax.random.split(KEY)
+    a = main(EDM).losses["student"](nets, batch, PROGRESS, of_main)[0]
+    b = other(EDM).losses["student"](nets, batch, PROGRESS, of_other)[0]
     np.testing.assert_allclose([value, metrics["main"], metrics["other"]], [a + 0.25 * b, a, b], rtol=1e-6)
-    alone = main(EDM).losses["fake"](nets, batch, PROGRESS, KEY)[0]
+    alone = main(EDM).losses["fake"](nets, batch, PROGRESS, of_main)[0]
     np.testing.assert_array_equal(both.losses["fake"](nets, batch, PROGRESS, KEY)[0], alone)
+
+
+def test_each_of_three_methods_has_random_numbers_and_samples_of_its_own():
+    seen = {}
+
+    def told(name):
+        def loss(nets, batch, progress, key):
+            seen.setdefault(name, []).append(once(nets, "student", key, lambda: jax.random.normal(key)))
+            return jnp.zeros(()), {}
+
+        return lambda process: dataclasses.replace(GAN()(process), losses={"student": loss, "discriminator": loss})
+
+    three = Together(Together(told("a"), told("b")), told("c"))(EDM)
+    made = {}
+    for name in ("student", "discriminator"):
+        three.losses[name](Nets({}, name, made), {}, PROGRESS, KEY)
+    for numbers in seen.values():
+        assert len(set(map(float, numbers))) == 1  # of the same samples for both networks
+    assert len({float(numbers[0]) for numbers in seen.values()}) == 3
+
+
+def test_the_other_method_comes_to_the_process_of_the_main_one_and_into_its_last_round():
+    judged = Together(RectifiedFlow(), GAN(steps=1))(EDM)
+    assert judged.process == flow() == RectifiedFlow()(EDM).process
+    assert set(judged.losses) == {"student", "discriminator"}
+    *before, last = Together(Progressive(), GAN(steps=1))(EDM)
+    assert set(last.method.losses) == {"student", "discriminator"}
+    assert len(before) > 1 and all(set(r.method.losses) == {"student"} for r in before)
 
 
 def test_methods_that_cannot_be_added_say_why():

@@ -175,11 +175,29 @@ def test_the_normaliser_does_not_see_the_scale_of_the_data(process):
     here = divergence_gradient(process, t, x, fake, real, Normalised(0.0))
     there = divergence_gradient(process, t, 7 * x, 7 * fake, 7 * real, Normalised(0.0))
     np.testing.assert_allclose(here, there, rtol=1e-5)
-    # Eq. 8 is of α_t (s_fake − s_real), (α_t/σ_t)² times the difference of denoisers.
+    # Eq. 8 is of α_t (s_fake − s_real), (α_t/σ_t)² times the difference of denoisers; its last α_t is dropped.
     paper = process.sigma(t) ** 2 / process.alpha(t) / np.abs(x - real).mean(1)
     of_denoisers = paper * (process.alpha(t) / process.sigma(t)) ** 2
-    np.testing.assert_allclose(Normalised(0.0)(process, t, x, real), of_denoisers, rtol=1e-5)
-    np.testing.assert_allclose(Normalised(10.0)(process, t, x, real), process.alpha(t) / 10, rtol=1e-6)
+    np.testing.assert_allclose(process.alpha(t) * Normalised(0.0)(process, t, x, real), of_denoisers, rtol=1e-5)
+    np.testing.assert_allclose(Normalised(10.0)(process, t, x, real), [0.1, 0.1], rtol=1e-6)
+
+
+def test_the_normalised_gradient_is_that_of_the_same_teacher_on_another_process():
+    # The same noise-to-signal ratio means the same denoiser, so the step by x is the same as well.
+    x, fake, real = (jax.random.normal(k, (2, 6)) for k in jax.random.split(jax.random.key(3), 3))
+    steps = [
+        divergence_gradient(p, jnp.full(2, t), x, fake, real, Normalised()) for p, t in ((edm(), 9.0), (flow(), 0.9))
+    ]
+    np.testing.assert_allclose(steps[0], steps[1], rtol=1e-6)
+    apart = np.abs(x - real).mean(1)
+    np.testing.assert_allclose(np.abs(steps[0]).mean(1), np.abs(fake - real).mean(1) / apart, rtol=1e-5)
+
+
+def test_the_means_of_the_samples_are_taken_in_full_precision():
+    x, t = jnp.ones((3, 2)), jnp.full(3, 0.1)
+    text = str(jax.make_jaxpr(lambda r: multi_sample_denoiser(edm(), x, t, r))(jnp.ones((4, 2))))
+    (product,) = [line for line in text.splitlines() if "dot_general" in line] or [text]
+    assert "HIGHEST" in text and product
 
 
 def test_the_surrogate_has_the_given_gradient_also_where_it_is_small():

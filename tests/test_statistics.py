@@ -119,16 +119,17 @@ def test_files_of_adm_and_edm_are_read_and_those_of_other_widths_refused(tmp_pat
     x, y = rng.standard_normal((50, 128)), rng.standard_normal((40, 30))
     file = tmp_path / "adm.npz"
     np.savez(file, mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=y.mean(0), sigma_s=np.cov(y, rowvar=False))
-    found = statistics_in(file)
+    found, pictured = statistics_in(file)
+    assert not pictured
     assert found.halves is None and set(found.whole.moments) == {"inception.pool", "inception.spatial"}
     np.testing.assert_allclose(found.whole.moments["inception.pool"].covariance, np.cov(x, rowvar=False))
     (note,) = check_statistics(file, found, inception, wanted(("fid", "sfid")), (SIDE, SIDE, 3))
     assert "does not tell its network" in note
     np.savez(file, mu=x.mean(0)[:100], sigma=np.eye(100))
     with pytest.raises(ValueError, match="100 numbers for inception.pool, and the network has 128"):
-        check_statistics(file, statistics_in(file), inception, wanted(("fid",)), (SIDE, SIDE, 3))
+        check_statistics(file, statistics_in(file)[0], inception, wanted(("fid",)), (SIDE, SIDE, 3))
     with pytest.raises(ValueError, match=r"lacks inception.pool, which these metrics need"):
-        check_statistics(file, statistics_in(file), inception, wanted(("kid",)), (SIDE, SIDE, 3))
+        check_statistics(file, statistics_in(file)[0], inception, wanted(("kid",)), (SIDE, SIDE, 3))
     np.savez(file, nothing=np.ones(3))
     with pytest.raises(ValueError, match="holds nothing: statistics have mu and sigma"):
         open_statistics(file)
@@ -142,7 +143,7 @@ def test_files_of_adm_and_edm_are_read_and_those_of_other_widths_refused(tmp_pat
 def test_arrays_of_images_are_a_reference_and_the_moments_beside_them_count(tmp_path, networks):
     file = tmp_path / "batch.npz"
     np.savez(file, arr_0=pixels(0), arr_1=np.zeros(COUNT))
-    assert statistics_in(file) is None
+    assert statistics_in(file) == (None, True)
     images = images_at(file, (SIDE, SIDE, 3))
     made = statistics(images, networks)
     np.testing.assert_allclose(

@@ -21,7 +21,7 @@ from ddistill.integrators import dpmpp_2m
 from ddistill.integrators.exact import flow_map
 from ddistill.methods.base import Made, home, sampling_of
 from ddistill.mixture import Mixture
-from ddistill.net import Scaled, guided
+from ddistill.net import Scaled, guided, passes
 from ddistill.process import Process
 from ddistill.sample import matched_noise, sample
 
@@ -69,7 +69,8 @@ def guided_rows(
     own = matched_noise(noise, problem.process, process)
 
     for w in scales:
-        field = guided(problem.teacher, w, NULL).bind(labels)
+        net = guided(problem.teacher, w, NULL)
+        field = net.bind(labels)
         exact, reference = (flow_map(field, problem.process, z, problem.process.t_max, 0.0) for z in (noise, other))
         floor = sliced_wasserstein(exact, reference) / SCALE
         varied = condition_diversity(reference, labels)
@@ -92,7 +93,7 @@ def guided_rows(
         for n in (8, 35):
             begin = time.monotonic()
             solution = dpmpp_2m(field, problem.process, jnp.asarray(grids.karras(problem.process, n)), noise)
-            yield judged("teacher/dpmpp_2m", n, 2 * int(solution.nfe), solution.x, time.monotonic() - begin)
+            yield judged("teacher/dpmpp_2m", n, passes(net) * int(solution.nfe), solution.x, time.monotonic() - begin)
         cond = Scaled(labels, jnp.full(samples, w))
         drawn = {}
         for n in steps:

@@ -153,9 +153,10 @@ def _points(name: str, parts: Shown):
     blocks[0].suptitle(
         f"{name}: samples, modes lost in red", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK
     )
-    blocks[1].suptitle(
-        "Paths from the noise, each time's positions over their spread", x=0.01, ha="left", fontsize=11, color=INK
-    )  # fmt: skip
+    if moving:
+        blocks[1].suptitle(
+            "Paths from the noise, each time's positions over their spread", x=0.01, ha="left", fontsize=11, color=INK
+        )  # fmt: skip
     for i, (label, what, sheet) in enumerate(panels):
         axes = _square(blocks[0].add_subplot(rows, _COLUMNS, i + 1), middle, half, label, what)
         x = np.asarray(sheet.x, np.float64)

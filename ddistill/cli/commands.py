@@ -37,7 +37,7 @@ from ddistill.cli import (
     Sample,
     Serve,
 )
-from ddistill.cli.evaluate import digits_of, evaluate, judge_digits, samplers_of
+from ddistill.cli.evaluate import by_pixels, digits_of, evaluate, judge_digits, samplers_of
 from ddistill.cli.output import cell, say, screen, write_json
 from ddistill.config import Imported
 from ddistill.data.pair_store import open_pairs, write_pairs
@@ -109,7 +109,7 @@ def quickstart(command: Quickstart, flags: Sequence[str], stop: Stop) -> None:
     opened = open_run(out)
     digits = digits_of(opened)
     plan = samplers_of(opened, (1, 2, 4))
-    judge_digits(digits, opened, plan, json=out / "metrics.json")
+    judge_digits(digits, opened, plan, json=out / "metrics.json", run=out)
     sheet = judged.sheet(digits, opened.experiment.process, plan)
     if not hosts.first():
         return
@@ -335,7 +335,8 @@ def compare(command: Compare, stop: Stop) -> None:
     write_json(command.out.with_suffix(".json"), {"rows": rows})
     for name in (e.name for e in experiments):  # for `ddistill report`
         own = [row for row in rows if row["train_s"] is None or row["sampler"] == name]
-        write_json(command.workdir / name / "compare.json", {"rows": own})
+        folder = command.workdir / name
+        write_json(folder / "compare.json", {"made": by_pixels(folder), "rows": own})
     picture = command.out.with_suffix(".png")
     lines, references = front(rows)
     trade_off(picture, lines, references=references, title="Digits: students of one teacher, over network calls")

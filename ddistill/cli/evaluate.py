@@ -34,6 +34,8 @@ def evaluate(command: Evaluate) -> None:
         raise ValueError("--batch-size must be at least 1, and --samples at least 2")
     opened = open_run(command.run)
     if command.features:
+        if command.likelihood:
+            raise ValueError("--likelihood is of digits, by their pixels: leave --features out for it")
         from ddistill.cli.study import study
 
         study(command, opened)
@@ -87,6 +89,11 @@ def digits_of(opened: Opened) -> Digits:
     return load_digits(data.seed)
 
 
+def by_pixels(run: Path) -> dict[str, str]:
+    """What tables of a run's digits are of."""
+    return {"run": fingerprint(run), "of": "digits, by pixels"}
+
+
 _TABLE = {
     "sampler": ("sampler", None),
     "nfe": ("NFE", "d"),
@@ -135,9 +142,9 @@ def judge_digits(
     if count is not None:
         options["count"] = count
     rows: list[Row] = []
+    made = {} if run is None else by_pixels(run)
     if out is not None and run is not None:
-        made = {"run": fingerprint(run), "of": "digits, by pixels", **options, "likelihood": likelihood}
-        rows = kept_rows(out, made)
+        rows = kept_rows(out, {**made, **options, "likelihood": likelihood})
         options["have"] = {(row["sampler"], row["steps"]) for row in rows}
 
     def show(row: Row) -> None:
@@ -151,7 +158,7 @@ def judge_digits(
             show(row)
             if out is not None:
                 keep_row(out, row)
-    value = {"flags": list(flags), "rows": rows}
+    value = {"made": made, "flags": list(flags), "rows": rows}
     if out is not None:
         write_table(out, value)
     write_copies(json, csv, value)

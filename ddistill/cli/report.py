@@ -86,7 +86,8 @@ def commands(run: Found) -> list[str]:
         return ["# started from Python: no command repeats it"]
     again = f"{run.folder}-again"
     lines = [shlex.join(["ddistill", "distill", f"{run.folder}/experiment.py", *run.overrides, "--workdir", again])]
-    return lines + [shlex.join(["ddistill", "evaluate", again, *flags]) for flags in run.evaluated]
+    every = [flags for judged in run.judged for flags in judged.flags]
+    return lines + [shlex.join(["ddistill", "evaluate", again, *flags]) for flags in every]
 
 
 def groups_of_rows(path: Path) -> list[Group]:

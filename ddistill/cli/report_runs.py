@@ -14,6 +14,7 @@ import numpy as np
 
 from ddistill import grids
 from ddistill.cli.networks import prompt_conditions
+from ddistill.cli.rows import fingerprint
 from ddistill.cli.study import decoder, models_of, on_latents
 from ddistill.config import Data
 from ddistill.evaluate.quality import conditions_of
@@ -34,11 +35,20 @@ _PATHS = 160
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The rows of evaluations of one kind, what judged them, and the flags of each."""
+
+    what: str
+    rows: Sequence[Mapping[str, Any]]
+    flags: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Found:
     """What a run's folder tells without its networks.
 
-    data, teacher: digests, equal where runs have the same of it. rows: those of evaluations found in the folder.
-    evaluated: the flags of each.
+    data, teacher: digests, equal where runs have the same of it. judged: evaluations found in the folder. words: on
+    those that were left out.
     """
 
     name: str
@@ -48,8 +58,8 @@ class Found:
     version: str
     data: str
     teacher: str
-    rows: Sequence[Mapping[str, Any]] = ()
-    evaluated: Sequence[Sequence[str]] = ()
+    judged: Sequence[Judged] = ()
+    words: str = ""
     curves: Mapping[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
@@ -106,14 +116,16 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _evaluations(folder: Path) -> tuple[list[Mapping[str, Any]], list[list[str]]]:
-    """Rows of all files of evaluations in the folder, and the flags of each evaluation.
+def _evaluations(folder: Path) -> tuple[list[Judged], str]:
+    """What all files of evaluations in the folder say, kind by kind, and words on those of an earlier training.
 
-    The newest last: of the same sampler and cost it counts.
+    The newest last: of the same kind, sampler and cost it counts.
     """
-    rows: dict[tuple, Mapping[str, Any]] = {}
-    evaluated: dict[tuple[str, ...], None] = {}
+    rows: dict[str, dict[tuple, Mapping[str, Any]]] = {}
+    flags: dict[str, dict[tuple[str, ...], None]] = {}
+    old = []
     files = [*folder.glob("*.json"), *folder.glob("evaluation/*.json")]
+    now = fingerprint(folder)
     for path in sorted(files, key=lambda p: p.stat().st_mtime):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -121,10 +133,17 @@ def _evaluations(folder: Path) -> tuple[list[Mapping[str, Any]], list[list[str]]
             continue
         here = value.get("rows") if isinstance(value, dict) else None
         found = [row for row in here if isinstance(row, dict) and "sampler" in row] if isinstance(here, list) else []
-        rows |= {(row["sampler"], row.get("nfe")): row for row in found}
-        if found:
-            evaluated[tuple(map(str, value.get("flags", ())))] = None
-    return list(rows.values()), [list(flags) for flags in evaluated]
+        if not found:
+            continue
+        made = value.get("made") or {}
+        if made.get("run", now) != now:
+            old.append(str(path))
+            continue
+        what = made.get("of") or ("by networks' features" if made else "")
+        rows.setdefault(what, {}).update({(row["sampler"], row.get("nfe")): row for row in found})
+        flags.setdefault(what, {})[tuple(map(str, value.get("flags", ())))] = None
+    words = f"Of an earlier training, and left out: {', '.join(old)}." if old else ""
+    return [Judged(what, list(r.values()), [list(f) for f in flags[what]]) for what, r in rows.items()], words
 
 
 def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -295,10 +314,13 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
                 f"{label} of {', '.join(owners[teacher][:2])}{' …' * (len(owners[teacher]) > 2)}" if several else label
             )
 
-        named = [
-            (run.name, row) if is_student(row) else (None, {**row, "sampler": of(run.teacher, row["sampler"])})
-            for run in runs for row in run.rows
-        ]  # fmt: skip
+        named: dict[str, list[tuple[str | None, Mapping[str, Any]]]] = {}
+        for run in runs:
+            for judged in run.judged:
+                named.setdefault(judged.what, []).extend(
+                    (run.name, row) if is_student(row) else (None, {**row, "sampler": of(run.teacher, row["sampler"])})
+                    for row in judged.rows
+                )
         there = [(run, shown[run.name]) for run in runs if run.name in shown]
         drawn = [(run, d) for run, s in there for d in s.drawn]
         references = [d for _, d in drawn if d.kind == "reference"][:1]
@@ -309,11 +331,12 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
         words = "" if named else (
             "No results in the runs' folders: ddistill evaluate RUN --json RUN/evaluate.json adds a table and plots."
         )  # fmt: skip
+        said = [words, *(run.words for run in runs), *(s.words for _, s in there)]
         groups.append(Group(
             str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower(),
-            [table(named)] if named else [],
+            [table(rows, what if len(named) > 1 else "") for what, rows in named.items()],
             [*references, *labelled],
             [dataclasses.replace(m, label=label) for label, m in paths.items()],
-            words=" ".join(dict.fromkeys([w for w in (words, *(s.words for _, s in there)) if w])),
+            words=" ".join(dict.fromkeys(filter(None, said))),
         ))  # fmt: skip
     return groups

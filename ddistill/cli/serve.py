@@ -21,6 +21,8 @@ from ddistill.methods.base import sampling_of
 from ddistill.previews import picture
 from ddistill.runs import Opened, open_run
 
+_MOST_GUIDANCE = 1000
+
 
 class Asked(NamedTuple):
     """What the page asks for; None leaves gamma and guidance to the method, and labels to all classes in turn."""
@@ -89,6 +91,8 @@ def drawer(
             raise ValueError(f"the seed is {asked.seed}: give a number from 0 to {2**31 - 1}")
         if asked.gamma is not None and not 0 <= asked.gamma <= 1:
             raise ValueError(f"gamma is {asked.gamma}: it lies between 0 (nothing drawn anew) and 1 (all of it)")
+        if asked.guidance is not None and not abs(asked.guidance) <= _MOST_GUIDANCE:
+            raise ValueError(f"guidance is {asked.guidance}: give a scale up to {_MOST_GUIDANCE}; 1 is none")
         cond: Any
         noise, cond, rng = start(process, data.shape, data.num_classes, asked.n, asked.seed)
         if asked.label is not None:
@@ -134,10 +138,13 @@ def page(opened: Opened, *, most: int, most_steps: int, models: Path | None = No
     prompts, scaled = data.null is not None, sampling.guidance is not None
 
     def called(steps, teacher_steps, n, seed, gamma, guidance, label, prompt):
-        asked = Asked(
-            int(steps), int(teacher_steps), int(n), int(seed), float(gamma), float(guidance) if scaled else None,
-            None if label in (None, "all") else int(label), prompt or "",
-        )  # fmt: skip
+        try:
+            asked = Asked(
+                int(steps), int(teacher_steps), int(n), int(seed), float(gamma), float(guidance) if scaled else None,
+                None if label in (None, "all") else int(label), prompt or "",
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:  # None of a field that was cleared
+            raise gradio.Error("every number of the page has to be given") from error
         try:
             student, teacher = draw(asked)
         except (ValueError, OSError, ImportError) as error:

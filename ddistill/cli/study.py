@@ -22,7 +22,7 @@ from ddistill.config import Experiment, Imported, PairsData
 from ddistill.datasets import LatentFolder
 from ddistill.digests import digest_of
 from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of, real_variety
-from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, is_images, to_bytes
+from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, to_bytes
 from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
 from ddistill.evaluate.scores import METRICS, STANDARD, chosen, wanted
 from ddistill.evaluate.seen import Seen, look, part_of_process
@@ -54,8 +54,8 @@ _NAMES = {
 def study(command: Evaluate, opened: Opened) -> None:
     """Judge the samplers of a run, row by row."""
     out = command.run / "evaluation" if command.out is None else command.out
-    theirs = None if command.reference is None else statistics_in(command.reference)
-    given = open_networks(command.features, command.resize or _resize_of(theirs))
+    there = (None, True) if command.reference is None else statistics_in(command.reference)
+    given = open_networks(command.features, command.resize or _resize_of(there[0]))
     prompts = None if command.prompts is None else read_prompts(command.prompts)
     names = chosen(command.metrics, given.kinds, prompts is not None)
     kinds = {METRICS[name].feature.split(".")[0] for name in names}
@@ -82,7 +82,7 @@ def study(command: Evaluate, opened: Opened) -> None:
     if (out / FILE).is_file():
         kept_rows(out, made)  # what is refused is refused before images are looked at
     images = (made["run"], made["models"], made["reference"], made["crop"])
-    real, notes = reference(command, opened, networks, names, decode, shape, theirs, out / "reference.npz", images)
+    real, notes = reference(command, opened, networks, names, decode, shape, there, out / "reference.npz", images)
     rows = kept_rows(out, made)
     experiment, size = opened.experiment, command.batch_size
     if prompts is None:
@@ -190,16 +190,18 @@ def reference(
     names: Sequence[str],
     decode: Decode,
     shape: tuple[int, ...],
-    theirs: Statistics | None,
+    given: tuple[Statistics | None, bool],
     file: Path,
     of: Any,
 ) -> tuple[Statistics, tuple[str, ...]]:
     """Statistics of the real images, and what is to be said of them.
 
-    file: where they are kept, and taken from where they are there already. of: what makes the images.
+    given: those of the reference's file, and whether it holds images. file: where they are kept, and taken from where
+    they are there already. of: what makes the images.
     """
     needs = wanted(names)
-    if command.reference is not None and theirs is not None and not is_images(command.reference):
+    theirs, pictured = given
+    if command.reference is not None and theirs is not None and not pictured:
         return theirs, check_statistics(command.reference, theirs, networks, needs, shape)
     if command.reference is None:
         images = images_of(opened.data, f"data of {command.run}", decode)
@@ -230,8 +232,8 @@ def _resize_of(theirs: Statistics | None) -> str:
     return str(told).partition(",")[0]
 
 
-def _own(command: Evaluate, opened: Opened, what: Study) -> Seen | None:
-    """The run's data, for a floor beside statistics that are no images; None where it is none of them."""
+def _own(command: Evaluate, opened: Opened, what: Study) -> Seen:
+    """The run's data, for a floor beside statistics that are no images."""
     images = images_of(opened.data, f"data of {command.run}", what.decode)
     some = np.random.default_rng(command.seed).permutation(len(images))[: what.count]
     mine = sorted(int(i) for i in some[part_of_process(len(some))])

@@ -38,14 +38,14 @@ def evaluate(
     likelihood: Net | None = None,
     have: Collection[tuple[str, int | None]] = (),
 ) -> Iterator[Row]:
-    """Rows of metrics, the floor first: sampler, nfe, accuracy, frechet, precision, recall, density, … ms_per_image.
+    """Rows of metrics, the floor first: sampler, nfe, samples, seed, accuracy, frechet, precision, … ms_per_image.
 
     frechet_held_out is the distance to the held-out scans, which no network saw; the training scans themselves are at
     the floor's distance from them. A sampler far below the floor in `frechet` and not in this has learned its scans.
     diversity is the mean distance between samples of one digit, over that of the training scans. nll: bits per pixel
     under the teacher given as `likelihood`, of the first 256 samples; None without. count: images per sampler, two for
-    each digit at least. Times are those of a second call, without compilation. have: the sampler and steps of rows that
-    are there already, and are left out.
+    each digit at least. Times (wall_s of all samples) are those of a second call, without compilation. have: the
+    sampler and steps of rows that are there already, and are left out.
     """
     classify = fit_digit_classifier(digits.train_x, digits.train_labels)
     varied = condition_diversity(digits.train_x, digits.train_labels)
@@ -62,6 +62,8 @@ def evaluate(
             "sampler": name,
             "steps": steps,
             "nfe": nfe,
+            "samples": len(x),
+            "seed": seed,
             "accuracy": classifier_accuracy(classify, x, labels),
             "frechet": frechet(x, digits.train_x) / digits.variance,
             "frechet_held_out": None if nfe is None else frechet(x, digits.held_out_x) / digits.variance,
@@ -69,6 +71,8 @@ def evaluate(
             "diversity": condition_diversity(x, labels) / varied,
             "nll": nll(x, labels),
             "ms_per_image": ms,
+            "images_per_s": None if ms is None else 1000 / ms,
+            "wall_s": None if ms is None else ms * len(x) / 1000,
         }
 
     if (FLOOR, None) not in have:

@@ -68,20 +68,25 @@ class Study:
 
 @dataclass
 class Spent:
-    """Wall seconds: of the first call, with its compilation; of all others; of decoding. calls: of the network."""
+    """Wall seconds: of the first call, with its compilation; of all others; of decoding. calls: of the network.
+
+    broken: samples of this process that are not finite.
+    """
 
     compiling: float = 0.0
     sampling: float = 0.0
     decoding: float = 0.0
     images: int = 0
     calls: int = 0
+    broken: int = 0
 
 
 def judge(sampler: Sampler, study: Study) -> Row:
     """A sampler's row: sampler, steps, nfe, samples, seed, its metrics, and the times it took.
 
-    wall_s: wall time of sampling all, on all devices, without compilation (compile_s: the first call with it) and
-    without decoding (decode_s); images_per_s: of sampling alone. Every process must call it.
+    not_finite: how many samples have NaN or infinity somewhere, which is black or white in their images. wall_s: wall
+    time of sampling all, on all devices, without compilation (compile_s: the first call with it) and without decoding
+    (decode_s); images_per_s: of sampling alone. Every process must call it.
     """
     spent = Spent()
     part = -(-study.batch_size // jax.process_count())
@@ -97,6 +102,7 @@ def judge(sampler: Sampler, study: Study) -> Row:
         "nfe": spent.calls,
         "samples": seen.count,
         "seed": study.seed,
+        "not_finite": int(all_rows(np.asarray([spent.broken])).sum()),
         **found,
         "images_per_s": spent.images / spent.sampling,
         "wall_s": spent.sampling,
@@ -150,7 +156,8 @@ def draws(sampler: Sampler, study: Study, spent: Spent) -> Iterator[tuple[np.nda
         if not len(samples):
             continue
         begin = time.perf_counter()
-        images = in_colour(to_bytes(study.decode(samples)))
+        spent.broken += int(np.sum(~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)))
+        images = in_colour(to_bytes(np.nan_to_num(study.decode(samples))))
         spent.decoding += time.perf_counter() - begin
         yield first + np.arange(mine.start, mine.stop), images
 
@@ -232,6 +239,8 @@ def notes_of(row: Row, real: Statistics) -> tuple[str, ...]:
         notes.append(f"{count:,} samples, fewer than the standard {STANDARD:,}: FID and its like are larger for fewer")
     if 0 < there < STANDARD:
         notes.append(f"{there:,} real images, fewer than the standard {STANDARD:,}")
+    if row.get("not_finite"):
+        notes.append(f"{row['not_finite']:,} samples of {row['sampler']} have values that are not finite")
     for name, value in row.items():
         if name.endswith("_clipped"):
             notes.append(

@@ -1,5 +1,6 @@
 """Real images to compare samples with: a folder, tar files, arrays, or the data that a run was trained on."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -103,10 +104,10 @@ def images_at(path: Path, shape: tuple[int, ...], *, crop: bool = False) -> Imag
         raise ValueError(f"samples of {height} x {width} pixels have no reference in {path}: squares are compared")
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
         pictures, _ = tar_images(path, height, channels=channels, flip=False, cache=cache_folder())
-        notes: tuple[str, ...] = ()
+        notes = _check_sizes(path, pictures, crop, lambda i: io.BytesIO(pictures.read(i)))
     else:
         pictures, _ = folder_images(path, height, channels=channels, flip=False, classes=False)
-        notes = _check_folder(path, pictures, height, channels, crop)
+        notes = _check_sizes(path, pictures, crop, lambda i: path / pictures.names[i])
     read = _reader(pictures, crop)
     return Images(str(path), shape, len(pictures), read, labels=pictures.labels, names=pictures.names, notes=notes)
 
@@ -156,14 +157,17 @@ def _of_other_size(what: str, side: int) -> str:
     )
 
 
-def _check_folder(path: Path, pictures: Pictures, side: int, channels: int, crop: bool) -> tuple[str, ...]:
+def _check_sizes(
+    path: Path, pictures: Pictures, crop: bool, file: Callable[[int], Path | io.BytesIO]
+) -> tuple[str, ...]:
     """Look at the heads of all files: what is grey among colours. Raises ValueError for other sizes."""
+    side, channels = pictures.size, pictures.channels
     sizes: dict[tuple[int, int], list[str]] = {}
     grey = []
-    for name in pictures.names:
+    for i, name in enumerate(pictures.names):
         try:
-            with Image.open(path / name) as head:
-                turned = head.getexif().get(0x0112, 1) >= 5
+            with Image.open(file(i)) as head:
+                turned = Image.Image.getexif(head).get(0x0112, 1) >= 5  # a PNG's own decodes all of it
                 sizes.setdefault(head.size[::-1] if turned else head.size, []).append(name)
                 if head.mode in ("1", "L", "LA", "I", "I;16"):
                     grey.append(name)
@@ -194,14 +198,3 @@ def told(images: Images) -> tuple[str, ...]:
         *images.notes,
         f"{len(skipped)} of {len(images)} images could not be read and were skipped: {listed(skipped)}",
     )
-
-
-def is_images(path: Path) -> bool:
-    """Whether a path holds images, not statistics: any but an .npz without an array of them."""
-    if path.suffix != ".npz" or not path.is_file():
-        return True
-    try:
-        with np.load(path) as file:
-            return any(name in file for name in ("arr_0", "x"))
-    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read as .npz: {error}") from error

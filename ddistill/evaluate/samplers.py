@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ddistill import grids
 from ddistill.integrators import Solution, euler, heun
 from ddistill.methods.base import Made, home, sampling_of
-from ddistill.net import Net, Scaled
+from ddistill.net import Net, Scaled, passes
 from ddistill.process import Process
 from ddistill.sample import matched_noise, sample
 from ddistill.sharding import batch_parts, batch_sharding
@@ -42,9 +42,18 @@ def teacher_sampler(teacher: Net, process: Process, integrator: Callable, steps:
 
 
 def teacher_solver(process: Process, integrator: Callable, steps: int) -> Draw:
-    """The program of `teacher_sampler`, compiled once for networks that differ in parameters alone."""
+    """The program of `teacher_sampler`, compiled once for networks that differ in parameters alone.
+
+    A guided network counts as two calls, as it costs.
+    """
     grid = grids.karras(process, steps)
-    return jax.jit(lambda net, x, cond, key: integrator(net.bind(cond), process, grid, x))
+
+    @jax.jit
+    def draw(net, x, cond, key):
+        solution = integrator(net.bind(cond), process, grid, x)
+        return solution._replace(nfe=passes(net) * solution.nfe)
+
+    return draw
 
 
 def student_sampler(

@@ -151,17 +151,20 @@ def open_statistics(path: Path) -> Statistics:
     return Statistics(whole, (a, b), about)
 
 
-def statistics_in(path: Path) -> Statistics | None:
-    """The statistics in an .npz, or None where a path holds none, as images do. Raises as `open_statistics`."""
+def statistics_in(path: Path) -> tuple[Statistics | None, bool]:
+    """The statistics in an .npz, None where a path holds none; and whether it holds images.
+
+    Raises as `open_statistics`.
+    """
     if path.suffix != ".npz" or not path.is_file():
-        return None
+        return None, True
     try:
         with np.load(path, allow_pickle=False) as file:
             none = not {"mu", "about"} & set(file.files)
-            images = {"arr_0", "x"} & set(file.files)
+            images = bool({"arr_0", "x"} & set(file.files))
     except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} cannot be read as .npz: {error or type(error).__name__}") from error
-    return None if none and images else open_statistics(path)
+    return None if none and images else open_statistics(path), images
 
 
 def with_moments(statistics: Statistics, others: Statistics, path: Path) -> Statistics:

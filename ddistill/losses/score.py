@@ -27,9 +27,11 @@ class DirectionWeight(Protocol):
 
 @dataclass(frozen=True)
 class Normalised:
-    """α_t/mean|x − μ_real|, the mean over coordinates: steps of one size at all t (Yin et al. 2024, eq. 8).
+    """1/mean|x − μ_real|, the mean over coordinates: steps of one size at all t (Yin et al. 2024, eq. 8).
 
-    floor bounds the mean from below: where teacher and sample agree the quotient is noise.
+    Eq. 7 and 8 have a factor α_t more, which the authors' code drops: with it a teacher on a process that scales the
+    data down would hardly be heard at high noise, where modes get their weights. floor bounds the mean from below:
+    where teacher and sample agree the quotient is noise.
     """
 
     floor: float = 0.01
@@ -37,7 +39,7 @@ class Normalised:
     def __call__(self, process: Process, t: Array, x: Array, real: Array) -> Array:
         """t: [B], x and real: [B, ...] -> [B]."""
         apart = jnp.abs((x - real).astype(jnp.float32)).reshape(x.shape[0], -1).mean(1)
-        return process.alpha(t) / jnp.maximum(apart, self.floor)
+        return 1 / jnp.maximum(apart, self.floor)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def multi_sample_denoiser(
     log_weight = -distance2 / (2 * sigma**2)
     if mine is not None:
         log_weight = jnp.where(mine, log_weight, -jnp.inf)
-    return (jax.nn.softmax(log_weight, axis=1) @ centres).reshape(x_t.shape).astype(x_t.dtype)
+    # In full precision: α r − x_t, which the score is made of, is far smaller than r at small σ.
+    mean = jnp.matmul(jax.nn.softmax(log_weight, axis=1), centres, precision="highest")
+    return mean.reshape(x_t.shape).astype(x_t.dtype)
 
 
 def divergence_gradient(

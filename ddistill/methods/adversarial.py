@@ -97,7 +97,10 @@ def balance(main: Callable[[Net], Array], other: Callable[[Net], Array], net: Ne
     Raises ValueError if the network has no such parameters.
     """
     if layer not in net.params:
-        raise ValueError(f"no parameters {layer!r} in the student, which has {sorted(net.params)}")
+        raise ValueError(
+            f"no parameters {layer!r} in the student: name those of its last layer, CTM(last_layer=…), of "
+            f"{', '.join(sorted(net.params))}"
+        )
 
     def norm(loss):
         def of(kernel):

@@ -74,7 +74,7 @@ class DMD:
         return Method(
             losses={"student": loss, **{name: other for name, (_, other) in others.items()}},
             init={"student": from_teacher, **{name: init for name, (init, _) in others.items()}},
-            every={"student": self.every if others else 1},
+            every={"student": self.every},
             rate=rates,
             memory=self.fake.memory(draw),
             ema={"ema": ("student", self.ema)},

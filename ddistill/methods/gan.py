@@ -13,7 +13,7 @@ from ddistill.methods.base import Method, Sampling, from_teacher
 from ddistill.methods.consistency import renoising_times
 from ddistill.methods.sharing import once
 from ddistill.net import Net
-from ddistill.process import Process
+from ddistill.process import Process, expand
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,11 @@ class GAN:
     """The student's samples against a discriminator: x̂ = G_θ(x_τ, τ, 0) with x_τ = α_τ x0 + σ_τ ε of data x0.
 
     Alone, or for any method: `Together(Consistency(), GAN(), 0.1)`. τ is one of `steps` times, `renoising_times`, the
-    first of which, t_max, takes the share `first` of the samples; of these the student is sampled in any number of
-    steps that divides theirs. inner: the times after the first, if they are others. rate: the student's learning rate
-    as a multiple of the optimiser's. every: the student is updated in one step of so many.
+    first of which, t_max, takes the share `first` of the samples, and has pure noise, as when it is sampled: what of x0
+    is left there would be seen by the student too (ADD's schedule ends without signal, sec. 3.1). Of these times the
+    student is sampled in any number of steps that divides theirs. inner: the times after the first, if they are others.
+    rate: the student's learning rate as a multiple of the optimiser's. every: the student is updated in one step of so
+    many.
     """
 
     adversary: Adversary = field(default_factory=Adversary)
@@ -66,8 +68,10 @@ class GAN:
         k_first, k_other, k_noise, k_net, k_left = jax.random.split(key, 5)
         x0, nodes = batch["x"], renoising_times(process, self.steps, self.inner)[:-1]
         other = jax.random.randint(k_other, x0.shape[:1], 1, max(self.steps, 2)) % self.steps
-        tau = nodes[jnp.where(jax.random.uniform(k_first, x0.shape[:1]) < self.first, 0, other)]
-        x_t = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), tau)
+        node = jnp.where(jax.random.uniform(k_first, x0.shape[:1]) < self.first, 0, other)
+        tau = nodes[node]
+        renoised = process.diffuse(x0, jax.random.normal(k_noise, x0.shape), tau)
+        x_t = jnp.where(expand(node == 0, x0), process.prior(k_noise, x0.shape), renoised)
         return student.jump(process, x_t, tau, jnp.zeros_like(tau), batch.get("cond"), key=k_net), tau, k_left
 
     def times(self, process: Process, steps: int) -> Array:

@@ -53,8 +53,8 @@ def sds_gradient(
     near 100 in the paper. fake: a network of the samples' own score in place of −ε/σ_t: variational score distillation
     (Wang et al. 2023, eq. 9), at scales near 7.5. weight: DreamFusion's, `NoisePrediction(1, 0)`, by default.
     """
+    x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))  # bfloat16 would round t and x_t
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
-    x = jax.lax.stop_gradient(x)
     x_t = process.diffuse(x, noise, t)
     own = x if fake is None else fake(x_t, t, cond)
     weight = NoisePrediction() if weight is None else weight
@@ -76,6 +76,7 @@ def particles(render: Callable[[Any], Array], scenes: Any) -> Net:
 
     scenes: a pytree of [n, ...], the parameters of n scenes; render: one scene -> one sample. As the student of `SDS`
     it optimises them with the teacher (Poole et al. 2023), and of `DMD` with an `Auxiliary` fake score with a LoRA it
-    is variational score distillation (Wang et al. 2023), n being its number of particles.
+    is variational score distillation (Wang et al. 2023), n being its number of particles. A batch, or the part of it
+    that is accumulated at a time, should be a multiple of n: it renders the scenes in turn from the first.
     """
     return Net(scenes, {}, _Renderer(render))

@@ -36,11 +36,12 @@ MEASURES = {
         Column("images_per_s", "images/s", ".4g", 1),
         Column("ms_per_image", "ms/image", ".3f", -1),
         Column("train_s", "training, s", ".0f", -1),
+        Column("samples", "samples", ",.0f", 0, "how many were judged"),
     )
 }
 """Measures that are known, by their key in a row, in the order of a table's columns."""
 
-_NO_MEASURES = {"nfe", "steps", "seed", "samples", "count", "w", "wall_s", "compile_s", "decode_s", "floor_sw2"}
+_NO_MEASURES = {"nfe", "steps", "seed", "count", "w", "wall_s", "compile_s", "decode_s", "floor_sw2", "not_finite"}
 _SPREAD = "_std"  # kid_std is the standard deviation of kid
 
 
@@ -51,10 +52,11 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     return [*known, *(Column(name, name.replace("_", " "), ".4g") for name in there if name not in MEASURES)]
 
 
-def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = "") -> Table:
+def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], title: str = "") -> Table:
     """A table of an evaluation's rows, each with the name of its run, or None for the teacher and the data.
 
     Of rows without a run that are the same sampler at the same cost the first stays: runs of one teacher repeat it.
+    Below it stand the seeds of the samples and what rows have to say (`notes`).
     """
     lines: list[Line] = []
     seen = set()
@@ -71,7 +73,11 @@ def table(named: Sequence[tuple[str | None, Mapping[str, Any]]], words: str = ""
         values = {k: v for k, v in numbers.items() if not k.endswith(_SPREAD)}
         lines.append(Line(label, kind, None if nfe is None else int(nfe), values, spread))
     order = {"reference": 0, "teacher": 1, "student": 2}
-    return Table("", columns_of([row for _, row in named]), sorted(lines, key=lambda line: order[line.kind]), words)
+    rows = [row for _, row in named]
+    seeds = sorted({row["seed"] for row in rows if row.get("seed") is not None})
+    notes = dict.fromkeys(str(note) for row in rows for note in row.get("notes") or ())
+    words = [*([f"Samples of seed {', '.join(map(str, seeds))}"] if seeds else []), *notes]
+    return Table(title, columns_of(rows), sorted(lines, key=lambda line: order[line.kind]), "; ".join(words))
 
 
 def is_student(row: Mapping[str, Any]) -> bool:

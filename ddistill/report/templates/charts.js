@@ -21,6 +21,12 @@ function logTicks(values) {
   return all;
 }
 
+// On a logarithmic axis a bar that would reach below zero ends at the smallest value that is shown.
+function clipped(points, axis) {
+  const lower = `${axis}0`, least = Math.min(...points.map((p) => p[axis]));
+  return points.map((p) => (p[lower] <= 0 ? { ...p, [lower]: least } : p));
+}
+
 function axisOf(spec, axis, title, values, log) {
   const encoding = spec.encoding[axis];
   encoding.title = title;
@@ -105,6 +111,7 @@ function qualityPlot(figure, group) {
     for (const [axis, column] of axes) {
       const range = near(points, axis), log = wide(points.map((p) => p[axis]));
       axisOf(spec, axis, titled(column), points.map((p) => p[axis]), log);
+      if (log) points = clipped(points, axis);
       if (range && !log) {
         const cut = points.filter((p) => p[axis] < range[0] || p[axis] > range[1]).length;
         points = points.filter((p) => p[axis] >= range[0] && p[axis] <= range[1]);

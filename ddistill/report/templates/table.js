@@ -2,8 +2,9 @@
 function sortable(table) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const key = (row, i) => {
-    const cell = row.cells[i], value = cell.dataset.value;
-    return value === undefined ? cell.textContent.trim() : value === "" ? null : Number(value);
+    const cell = row.cells[i], text = (cell.dataset.value ?? cell.textContent).trim();
+    if (text === "" || text === "–") return null;
+    return Number.isNaN(Number(text)) ? text : Number(text);
   };
   heads.forEach((head, i) => head.firstElementChild.addEventListener("click", () => {
     const descending = head.getAttribute("aria-sort") === "ascending";
@@ -12,7 +13,8 @@ function sortable(table) {
     const rows = [...body.rows].map((row) => [key(row, i), row]);
     const order = ([a], [b]) => {
       if (a === null || b === null) return (a === null) - (b === null); // what is missing stays last
-      const sign = typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
+      const numbers = typeof a === "number" && typeof b === "number";
+      const sign = numbers ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
       return descending ? -sign : sign;
     };
     body.append(...rows.sort(order).map(([, row]) => row));
