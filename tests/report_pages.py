@@ -41,6 +41,7 @@ def page(runs=3, samples=9):
             "name": name,
             "seed": i,
             "steps": 300,
+            "rate": (0.5, 1e-05, -0.25, None)[i % 4],
             "method": {"type": f"m.M{i % 2}", "a": 1},
         }
         curves = {"distillation: student/loss": (steps, np.exp(-steps / 300) + 0.01 * (1 + i))}

@@ -1,6 +1,7 @@
 """The page of a report in headless Chromium: what a reader sees and does, with mouse, keyboard and on a phone."""
 
 import base64
+import dataclasses
 import io
 import itertools
 import json
@@ -175,6 +176,36 @@ def test_tables_sort_by_click_and_by_key(browser, report):
         assert values(recall)[-1] is None and None not in values(recall)[:-1]
         heads[recall].find_element(By.TAG_NAME, "button").click()
     assert browser.texts("#live")[0].startswith("Sorted by recall")
+
+
+def test_numbers_of_the_configuration_sort_as_numbers(browser, tmp_path):
+    path = tmp_path / "index.html"
+    write_page(path, page(4))
+    browser.open(path)
+    heads = browser.driver.find_elements(By.CSS_SELECTOR, "#configuration thead th")
+    column = next(i for i, head in enumerate(heads) if head.text == "rate")
+    for expected in (["-0.25", "1e-05", "0.5"], ["0.5", "1e-05", "-0.25"]):
+        browser.run("arguments[0].click()", heads[column].find_element(By.TAG_NAME, "button"))
+        assert browser.texts(f"#configuration tbody tr > :nth-child({column + 1})")[:3] == expected
+
+
+def test_a_bar_that_reaches_below_zero_leaves_a_logarithmic_plot_whole(browser, tmp_path):
+    made = page()
+    lines = [dataclasses.replace(line, spread={}) for line in made.groups[0].tables[0].lines]
+    measured = [i for i, line in enumerate(lines) if line.kind == "student"]
+    for i, value in zip(measured, (1e-4, 4e-3, 5e-2), strict=False):
+        values = {**lines[i].values, "frechet": value}
+        lines[i] = dataclasses.replace(lines[i], values=values, spread={"frechet": 3 * value})
+    group = dataclasses.replace(made.groups[0], tables=[dataclasses.replace(made.groups[0].tables[0], lines=lines)])
+    path = tmp_path / "index.html"
+    write_page(path, dataclasses.replace(made, groups=[group]))
+    browser.open(path)
+    plots_drawn(browser, 2)
+    marks, rules = (f"#group-0 [data-plot=cost] {mark}" for mark in (".mark-symbol path", ".mark-rule.role-mark line"))
+    read = "return [...document.querySelectorAll(arguments[0])].map((e) => e.getAttribute(arguments[1]))"
+    places, ends = browser.run(read, marks, "transform"), browser.run(read, rules, "y2")
+    assert len(set(places)) == len(places) > 3 and len(ends) == 3
+    assert "NaN" not in "".join([*places, *(end or "" for end in ends)])
 
 
 def luminance(browser):

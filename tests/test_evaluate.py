@@ -23,7 +23,7 @@ from ddistill.cli.serve import Asked, drawer
 from ddistill.config import Data, Experiment
 from ddistill.datasets import LatentFolder
 from ddistill.evaluate import quality
-from ddistill.evaluate.quality import Spent, Study, draws, labels_in_turn
+from ddistill.evaluate.quality import Spent, Study, draws, labels_in_turn, notes_of
 from ddistill.evaluate.real import images_of
 from ddistill.evaluate.samplers import Sampler, start
 from ddistill.evaluate.seen import Seen
@@ -284,6 +284,20 @@ def test_times_are_those_after_the_first_call(monkeypatch):
     assert (spent.compiling, spent.sampling, spent.images) == (100, 6, 24)
 
 
+def test_samples_that_are_not_finite_are_counted_and_told():
+    def draw(noise, labels, key):
+        broken = jnp.where((labels == 1)[:, None, None, None], jnp.asarray([jnp.nan, 1.0, jnp.inf]), noise / 500)
+        return Solution(broken, jnp.asarray(1))
+
+    row = quality.judge(Sampler("s", draw), judged_by(sharding.make_mesh(), 20, 8))
+    assert row["not_finite"] == 7  # of 20 labels in turn
+    real = Statistics(Seen(100_000, {}, {}, np.zeros(0, int)), None, {})
+    assert notes_of(row, real)[-1] == "7 samples of s have values that are not finite"
+    assert "not finite" not in " ".join(notes_of({**row, "not_finite": 0}, real))
+    few = Statistics(Seen(100, {}, {}, np.zeros(0, int)), None, {})
+    assert "100 real images, fewer than the standard 50,000" in notes_of(row, few)
+
+
 def test_images_are_scored_with_the_prompts_that_they_were_drawn_for(monkeypatch):
     clip = linear_features(SIDE)
     texts = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
@@ -375,8 +389,10 @@ def test_a_guided_student_has_a_guided_teacher_beside_it(method, monkeypatch, tm
     names = [sampler.name for sampler in (*by_networks, *by_pixels)]
     ends = ["DDIM", "DPM-Solver++(2M)", None, "Heun", "Euler", None]
     assert names == ["student" if end is None else f"teacher, {end}, w = 2" for end in ends]
-    for sampler in (*by_networks[:2], *by_pixels[:2]):
-        np.testing.assert_allclose(shade(sampler.draw(noise, labels, key).x), expected, atol=1e-5)
+    for sampler, calls in zip((*by_networks[:2], *by_pixels[:2]), (20, 2, 70, 2), strict=True):
+        solution = sampler.draw(noise, labels, key)
+        np.testing.assert_allclose(shade(solution.x), expected, atol=1e-5)
+        assert int(solution.nfe) == calls  # with guidance the network is asked twice
     drawn = drawn_of(opened, (1,), 6, 0).drawn
     assert [d.label for d in drawn[1:3]] == ["teacher, Heun, w = 2", "teacher, DPM-Solver++(2M), w = 2"]
     for d in drawn[1:3]:

@@ -63,12 +63,15 @@ def test_evaluate_asks_the_teacher_how_likely_samples_are_where_told_to(tmp_path
     monkeypatch.setattr(evaluate_command, "samplers_of", lambda opened, steps: [])
     monkeypatch.setattr(evaluate_command, "steps_of", lambda opened, steps: [1])
     monkeypatch.setattr(evaluate_command.judged, "bits_per_dimension", lambda *a, key: asked.append(a) or 2.345)
-    file = tmp_path / "table.json"
-    assert main(["evaluate", "run", "--json", str(file)]) == 0
+    (tmp_path / "experiment.json").write_text("{}")
+    run, file = str(tmp_path), tmp_path / "table.json"
+    assert main(["evaluate", run, "--json", str(file)]) == 0
     told = capsys.readouterr().out
     assert "diversity" in told and "bits/pixel" not in told and not asked
-    assert main(["evaluate", "run", "--likelihood", "--json", str(file)]) == 0
+    assert main(["evaluate", run, "--likelihood", "--json", str(file)]) == 0
     told = capsys.readouterr().out
+    flags = ["--likelihood", "--features", "inception=a.pth"]
+    assert main(["evaluate", run, *flags]) == 2 and "--likelihood is of digits" in capsys.readouterr().err
     assert "bits/pixel" in told and "2.345" in told
     assert json.loads(file.read_text())["rows"][0]["nll"] == 2.345
     ((teacher, process, x, labels),) = asked
@@ -105,6 +108,9 @@ def test_rows_are_kept_in_a_folder_if_one_is_given(tmp_path, capsys, monkeypatch
     assert main(argv) == 0 and drawn == [20, 20], "both rows are there"
     assert json.loads((tmp_path / "e" / "table.json").read_text())["rows"] == first
     assert [row["sampler"] for row in first] == ["held-out scans (floor)", "copies"]
+    assert [(row["samples"], row["seed"]) for row in first] == [(len(digits.held_out_x), 0), (20, 0)]
+    assert first[1]["images_per_s"] * first[1]["wall_s"] == pytest.approx(20)
+    assert first[1]["ms_per_image"] * first[1]["images_per_s"] == pytest.approx(1000)
     assert (tmp_path / "t.csv").read_text().splitlines()[2].startswith("copies,1,1,")
     (tmp_path / "experiment.json").write_text("{} ")  # trained anew
     assert main(argv) == 2 and "holds another evaluation: run: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 from html.parser import HTMLParser
@@ -17,7 +18,8 @@ from report_pages import page
 
 from ddistill.cli import main
 from ddistill.cli.report import _told_apart, read_rows
-from ddistill.cli.report_runs import find
+from ddistill.cli.report_runs import find, groups_of
+from ddistill.cli.rows import fingerprint
 from ddistill.evaluate.samplers import start, student_sampler
 from ddistill.integrators import heun
 from ddistill.mixture import Mixture, as_teacher
@@ -295,6 +297,33 @@ def test_the_command_shows_what_it_can_and_says_why_it_cannot_show_the_rest(writ
     for line in ("\n", " --features inception=a.pth --metrics fid"):
         assert f"ddistill evaluate {runs / 'a'}-again{line}" in written_page[0]
     assert f"ddistill evaluate {runs / 'c'}-again" not in written_page[0]
+
+
+def test_evaluations_of_each_kind_have_a_table_and_those_of_an_earlier_training_none(runs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "experiment.json").write_text((runs / "a" / "experiment.json").read_text("utf-8"), "utf-8")
+
+    def write(name, run, row, **made):
+        made = {"run": run, **made}
+        value = {"made": made, "rows": [{"sampler": "student", "nfe": 1, "seed": 3, **row}]}
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+        os.utime(folder / name, (1, len(list(folder.glob("*.json")))))
+
+    now = fingerprint(folder)
+    write("pixels.json", now, {"accuracy": 0.9, "samples": 2000}, of="digits, by pixels")
+    write("fid.json", now, {"fid": 40.0, "samples": 200, "notes": ["200 samples, fewer"]}, metrics=["fid"])
+    write("kid.json", "another", {"kid": 1.0}, metrics=["kid"])
+    (group,) = groups_of(find([folder])[0], {})
+    assert [table.title for table in group.tables] == ["digits, by pixels", "by networks' features"]
+    assert [dict(table.lines[0].values) for table in group.tables] == [
+        {"accuracy": 0.9, "samples": 2000}, {"fid": 40.0, "samples": 200},
+    ]  # fmt: skip
+    assert [table.words for table in group.tables] == ["Samples of seed 3", "Samples of seed 3; 200 samples, fewer"]
+    assert group.words == f"Of an earlier training, and left out: {folder / 'kid.json'}."
+    write("fid.json", now, {"fid": 30.0}, metrics=["fid"])
+    (group,) = groups_of(find([folder])[0], {})
+    assert group.tables[-1].lines[0].values == {"fid": 30.0}
 
 
 def test_the_samples_of_a_page_are_the_runs_samples_from_one_noise(written_page, runs):

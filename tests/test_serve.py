@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -69,10 +70,18 @@ def test_latents_are_shown_by_the_autoencoder_that_evaluate_takes_whose_pipeline
     monkeypatch.setattr(served, "open_run", lambda folder: opened)
     monkeypatch.setattr(served, "models_of", lambda opened, given: given or Path("own"))
     monkeypatch.setattr(served, "decoder", lambda opened, folder: folder and autoencoder)
-    monkeypatch.setattr(served, "page", lambda opened, models, **_: shown.append((opened.data.to_unit, models)))
-    monkeypatch.setattr(served, "launch", lambda *args, **options: None)
-    assert main(["serve", "run", "--models", "vae"]) == 0 and main(["serve", "run"]) == 0
+
+    def page(opened, models, most, most_steps):
+        shown.append((opened.data.to_unit, models))
+        return most, most_steps
+
+    at = []
+    monkeypatch.setattr(served, "page", page)
+    monkeypatch.setattr(served, "launch", lambda *args, **options: at.append((*args, options)))
+    assert main(["serve", "run", "--models", "vae"]) == 0
+    assert main(["serve", "run", "--most", "3", "--most-steps", "5", "--host", "0.0.0.0", "--port", "81"]) == 0
     assert shown == [(autoencoder, Path("vae")), (autoencoder, Path("own"))]
+    assert at[0][1] == "127.0.0.1" and at[1] == ((3, 5), "0.0.0.0", 81, {"wait": True})
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,8 @@ def test_latents_are_shown_by_the_autoencoder_that_evaluate_takes_whose_pipeline
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"label": 2}, "the label is 2: labels are 0 to 1"),
         ({"guidance": 3.0}, "guidance = 3.0: this student's guidance is built in"),
+        ({"guidance": math.nan}, "guidance is nan: give a scale up to 1000"),
+        ({"guidance": -math.inf}, "guidance is -inf"),
     ],
 )
 def test_what_is_out_of_range_is_told_in_words(draw, asked, told):
@@ -121,6 +132,7 @@ def test_the_page_answers_on_loopback_and_asks_nobody_else(opened):
     try:
         url = served.launch(blocks, "127.0.0.1", None, wait=False)
         text = httpx.get(url, timeout=60).text
+        assert url.startswith("http://127.0.0.1:")
         assert "tiny" in text and not blocks.share and not blocks.analytics_enabled
         assert "fonts.googleapis" not in text.replace('href="https://fonts.googleapis.com" crossorigin', "")
 

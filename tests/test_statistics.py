@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from evaluate_peers import judged
 from linear_features import linear_features
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from ddistill import sharding
 from ddistill.config import Data
@@ -194,6 +196,29 @@ def test_grey_images_among_colours_are_counted_and_named(folder):
     assert told(images) == (f"2 of {COUNT} images are grey, and were made RGB: 20.png, 30.png",)
     (_, batch), *_ = images.batches(COUNT)
     np.testing.assert_array_equal(batch[20], np.repeat(pixels(0)[0, :, :, :1], 3, axis=2))
+
+
+def test_tar_files_are_looked_at_as_folders_are(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder / "20.png").write_bytes(png(pixels(0)[0, :, :, 0]))
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    images = images_at(shard, (SIDE, SIDE, 3))
+    assert told(images) == (f"1 of {COUNT} images are grey, and were made RGB: a.tar/20.png",)
+    (folder / "wide.png").write_bytes(png(np.zeros((24, 40, 3), np.uint8)))
+    with tarfile.open(shard, "a") as tar:
+        tar.add(folder / "wide.png", "wide.png")
+    with pytest.raises(ValueError, match=r"2 sizes: 37 of 8 x 8 \(a.tar/00.png\), 1 of 40 x 24 \(a.tar/wide.png\)"):
+        images_at(shard, (SIDE, SIDE, 3))
+
+
+def test_the_heads_of_png_files_are_read_without_their_pixels(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(np.zeros((SIDE, SIDE, 3), np.uint8)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a head has no pixels"))
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("a head has no pixels"))
+    assert len(images_at(tmp_path, (SIDE, SIDE, 3))) == 1
 
 
 def test_folders_without_an_image_are_refused(tmp_path, networks):
