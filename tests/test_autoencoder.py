@@ -21,6 +21,8 @@ from parity import (
     with_weights,
 )
 
+from ddistill.hub.configs import parsed
+from ddistill.net import split
 from ddistill.networks.autoencoder import (
     DOWN,
     UP,
@@ -214,6 +216,24 @@ def test_attention_of_old_checkpoints_gets_its_name_of_today():
     assert current_name(old + "proj_attn.bias") == old + "to_out.0.bias"
     for name in (old + "to_k.weight", old + "group_norm.bias", "decoder.conv_in.weight"):
         assert current_name(name) == name
+
+
+def test_latents_with_a_mean_and_a_deviation_of_their_own_are_normalised_by_them():
+    mean, std = (5.8, 3.2, 0.1, -2.1), (4.2, 4.6, 3.7, 3.3)  # EDM2's of Stable Diffusion's autoencoder, whose σ is .5
+    config = CASES["autoencoder_kl"][1]
+    own = replace(config, latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    params, rest, code = with_weights(make("autoencoder_kl"))
+    plain = code(params, rest)
+    normed = split(nnx.eval_shape(lambda: AutoencoderKL(own, rngs=nnx.Rngs(0))))[2](params, rest)
+    pictures = jnp.asarray(values(3, 2, 16, 16, 3)).clip(-1, 1)
+    z = to_latents(plain, pictures) / config.scaling_factor + (config.shift_factor or 0.0)
+    latents = to_latents(normed, pictures)
+    np.testing.assert_allclose(latents, 0.5 * (z - np.asarray(mean)) / np.asarray(std), atol=1e-5)
+    np.testing.assert_allclose(to_pictures(normed, latents), plain.decode(z).clip(-1, 1), atol=1e-4)
+    with pytest.raises(ValueError, match="latents_std has 2 numbers for 4 latent_channels"):
+        replace(own, latents_std=(1.0, 2.0))
+    tiny = {"_class_name": "AutoencoderTiny", "block_out_channels": [64, 64, 64, 64]}
+    assert parsed(AutoencoderTinyConfig, "AutoencoderTiny", tiny) == AutoencoderTinyConfig()
 
 
 def test_bad_inputs_are_told():

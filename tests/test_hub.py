@@ -78,7 +78,7 @@ def test_weights_that_are_damaged_missing_or_pickled_get_words(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     (old / "diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="pickled weights are not read"):
+    with pytest.raises(FileNotFoundError, match="pickled weights are read once, by `ddistill import`"):
         open_tensors(old)
     shards = tmp_path / "shards"
     index = write_shards(shards, arrays(a=(2,), b=(3,), c=(4,)))

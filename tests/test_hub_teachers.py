@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, make, tensors_for, write_model, write_pipeline
+from huggingface_hub.utils import filter_repo_objects
 from parity import made, nchw, nhwc, values
 from test_dit import by_the_paper, original
 from test_pickles import snapshot, stored, window, zip_file  # noqa: F401
 
 from ddistill import published
-from ddistill.cli import main
+from ddistill.cli import commands, main
 from ddistill.config import Data, Experiment, Imported, resolved
 from ddistill.dry_run import dry_run
 from ddistill.hub.load import load_network, open_diffusion
 from ddistill.hub.pickles import edm_net
 from ddistill.hub.save import config_of
-from ddistill.hub.teachers import check_teacher, import_teacher
+from ddistill.hub.teachers import check_teacher, files_of, import_teacher
 from ddistill.hub.tensors import open_tensors
 from ddistill.integrators import ddim
 from ddistill.methods import Consistency
@@ -81,6 +83,116 @@ def test_variants_and_shards_are_copied_under_plain_names(pipeline, tmp_path):
     assert [f.name for f in copied.files] == [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for name in names:
         np.testing.assert_array_equal(np.asarray(copied[name]), tensors[name])
+
+
+def test_pickled_weights_become_safetensors_and_run_nothing(pipeline, tmp_path, capsys):
+    source, tensors = tmp_path / "p", tensors_for(SMALL)
+    write_pipeline(source, SMALL, DDIM, tensors)
+    (source / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no diffusion_pytorch_model.safetensors"):
+        check_teacher(source)
+    (source / "text_encoder").mkdir()
+    (source / "text_encoder" / "config.json").write_text("{}")
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):
+        saved(
+            source / "transformer" / f"diffusion_pytorch_model-0000{i + 1}-of-00002.bin", {n: tensors[n] for n in part}
+        )
+    (source / "transformer" / "diffusion_pytorch_model.bin.index.json").write_text("{}")
+    saved(source / "text_encoder" / "pytorch_model.bin", {"a": np.ones(3, np.float32)})
+    summary = import_teacher(source, tmp_path / "t")
+    assert summary.parameters == sum(a.size for a in tensors.values())
+    assert_trees_equal(load_network(tmp_path / "t"), load_network(pipeline))
+    files = sorted(p.name for p in (tmp_path / "t").glob("*/*") if p.suffix == ".safetensors" or ".bin" in p.name)
+    assert files == ["diffusion_pytorch_model.safetensors", "model.safetensors"]
+    (source / "transformer" / "diffusion_pytorch_model-00001-of-00002.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert main(["import", str(source), "--to", str(tmp_path / "evil")]) == 2
+    assert "system" in capsys.readouterr().err and not (tmp_path / "evil").exists()
+
+
+def test_the_oldest_pipelines_have_all_at_their_root(pipeline, tmp_path):
+    source = tmp_path / "p"
+    write_model(source, SMALL)
+    (source / "scheduler_config.json").write_text(json.dumps(DDIM))
+    (source / "model_index.json").write_text("{}")
+    import_teacher(source, tmp_path / "t")
+    assert_trees_equal(load_network(tmp_path / "t"), load_network(pipeline))
+    assert sorted(str(p.relative_to(tmp_path / "t")) for p in (tmp_path / "t").rglob("*.json")) == [
+        "scheduler/scheduler_config.json", "teacher.json", "transformer/config.json",
+    ]  # fmt: skip
+
+
+STABLE = [
+    "README.md", "model_index.json", "v1-5-pruned.safetensors", "scheduler/scheduler_config.json", "unet/config.json",
+    "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin",
+    "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+    "text_encoder/pytorch_model.bin", "tokenizer/merges.txt", "tokenizer/vocab.json",
+]  # fmt: skip
+
+
+def test_of_a_repository_the_weights_are_fetched_once():
+    common = {
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+        "text_encoder/model-00001-of-00002.safetensors", "text_encoder/model-00002-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+    }  # fmt: skip
+    assert set(files_of(STABLE)) == common | {"unet/diffusion_pytorch_model.safetensors"}
+    assert set(files_of(STABLE, "fp16")) == common | {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    only = [name for name in STABLE if name != "unet/diffusion_pytorch_model.safetensors" and ".bin" not in name]
+    with pytest.raises(ValueError, match=r"the denoiser has .*fp16.safetensors, .*: name the variant"):
+        files_of(only)
+    old = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.bin", "fid.py", "images/a.png"]
+    assert files_of(old) == ["config.json", "scheduler_config.json", "diffusion_pytorch_model.bin"]
+    shards = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
+    shards += [f"unet/diffusion_pytorch_model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+    assert files_of(shards, "fp16") == shards
+
+
+def test_a_repository_is_listed_before_it_is_fetched(pipeline, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.list_repo_files", lambda self, name, revision: [*STABLE, "unet/a[1].json"]
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(pipeline)
+    )
+    import_teacher("runway/sd", tmp_path / "t", revision="main")
+    ((name, options),) = asked
+    assert name == "runway/sd" and options["revision"] == "main"
+    kept = filter_repo_objects([*STABLE, "unet/a[1].json"], allow_patterns=options["allow_patterns"])
+    assert list(kept) == [n for n in [*STABLE, "unet/a[1].json"] if n in files_of([*STABLE, "unet/a[1].json"])]
+
+
+def test_what_cannot_be_used_of_a_pipeline_is_told_when_it_is_imported(tmp_path, capsys, originals):
+    source = tmp_path / "p"
+    write_pipeline(source, SMALL)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "_class_name": "SanaPipeline"}))
+    for part, text in (("vae", '{"_class_name": "AutoencoderDC"}'), ("text_encoder", "{}"), ("tokenizer", "{}")):
+        (source / part).mkdir()
+        (source / part / "config.json").write_text(text)
+    (source / "tokenizer" / "spiece.model").write_bytes(b"")
+    assert main(["import", str(source), "--to", str(tmp_path / "t")]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    for words in (
+        "its autoencoder is AutoencoderDC",
+        "prompts of a SanaPipeline cannot be",
+        "has a spiece.model but no",
+    ):
+        assert f"{words}" in told
+    assert main(["import", str(originals[0] / "train.pt"), "--to", str(tmp_path / "o"), "--original", "dit"]) == 0
+    assert "its students cannot be exported" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_tensor_that_nothing_reads_is_left_alone(pipeline, tmp_path):
+    tensors = {**tensors_for(SMALL), "caption_projection.y_embedding": np.zeros((120, 4), np.float32)}
+    write_pipeline(tmp_path / "p", SMALL, DDIM, tensors)
+    import_teacher(tmp_path / "p", tmp_path / "t")
+    assert_trees_equal(load_network(tmp_path / "t"), load_network(pipeline))
 
 
 def test_an_import_that_fails_leaves_nothing(pipeline, tmp_path, monkeypatch, capsys):
@@ -201,6 +313,23 @@ def test_what_diffusers_cannot_hold_of_an_original_checkpoint_is_refused(origina
     with pytest.raises(ValueError, match="original = 'edm': checkpoints are taken of dit, sit"):
         import_teacher(folder / "release.pt", tmp_path / "t", original="edm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt", "y.pt"]
+
+
+def test_the_scale_at_which_a_network_was_held_goes_with_its_student(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "ddistill.hub.save.export_student",
+        lambda *args, **options: (
+            given.append(options["guidance"]) or SimpleNamespace(call={}, scheduler={"_class_name": ""})
+        ),
+    )
+    for held, flags in ((3.5, []), (3.5, ["--guidance", "2"]), (None, [])):
+        e = SimpleNamespace(
+            name="e", process=flow(), method=Consistency(), network=Imported(Path("teacher"), guidance=held)
+        )
+        monkeypatch.setattr(commands, "open_run", lambda run, e=e: SimpleNamespace(experiment=e, student=None))
+        assert main(["export", "run", "--to", "out", *flags]) == 0
+    assert given == [3.5, 2.0, None]
 
 
 @dataclasses.dataclass(frozen=True)

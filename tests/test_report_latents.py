@@ -134,6 +134,33 @@ def test_prompts_that_are_given_are_encoded_by_the_runs_pipeline(runs, coder, tm
     assert f"--samples 4 --prompts {tmp_path / 'prompts.txt'} --out {tmp_path}" in text
 
 
+def test_sample_decodes_latents_and_takes_the_datas_prompts_or_those_given(runs, coder, tmp_path, monkeypatch, capsys):
+    def sample(name, out, *flags):
+        return main(["sample", str(runs / name), "--out", str(tmp_path / out), "--n", "4", "--steps", "2", *flags])
+
+    batch = open_run(runs / "known").data.source(4, 0, 0.0)(0)
+    want = students(runs / "known", batch["cond"])
+    assert sample("known", "a.npz") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "a.npz")["x"], want, atol=1e-5)
+    monkeypatch.setattr(networks, "open_prompts", lambda folder: lambda words, _: texts(words))
+    monkeypatch.setattr(networks, "read_json", lambda *_: {"_class_name": "StableDiffusionPipeline"})
+    (tmp_path / "prompts.txt").write_text("x\nxxx\n", encoding="utf-8")
+    assert sample("known", "b.npz", "--prompts", str(tmp_path / "prompts.txt")) == 0
+    given = np.load(tmp_path / "b.npz")["x"]
+    np.testing.assert_allclose(given, students(runs / "known", texts(["x", "xxx", "x", "xxx"])), atol=1e-5)
+    assert np.abs(given - want).max() > 0.1
+    assert sample("known", "c.png") == 0
+    pixels = np.asarray(Image.open(tmp_path / "c.png")).astype(float)
+    assert pixels.shape == (2 * 32, 2 * 32, 3)  # four times as large, so that it can be seen
+    first = decoded(coder, want)[0]
+    np.testing.assert_allclose(pixels[:32:4, :32:4], first, atol=1)
+    assert sample("lost", "d.png") == 2
+    assert "samples are latents: give the folder of their autoencoder, --models" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert sample("lost", "d.png", "--models", str(coder[2])) == 0
+
+
 def test_what_cannot_be_decoded_or_encoded_is_told_in_words_and_the_rest_is_shown(runs, tmp_path, coder):
     text, (lost, pixels) = page_of(tmp_path / "a", runs / "lost", runs / "pixels")
     assert "samples are latents: give the folder of their autoencoder, --models FOLDER" in text

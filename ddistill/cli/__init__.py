@@ -122,6 +122,10 @@ class Sample:
     """The guidance scale, for students that take one; 1 is none."""
     teacher: bool = False
     """Sample from the teacher, guided as the student's method sees it, with DPM-Solver++(2M), not from the student."""
+    prompts: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Prompts of the samples in turn, one in a line, where conditions are prompts; by default the data's own."""
+    models: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """The pipeline that decodes latents and encodes prompts; by default the teacher's, where it was imported whole."""
     peers: Peers = field(default_factory=Peers)
 
 

@@ -128,6 +128,29 @@ def import_(command: Import) -> None:
     made = import_teacher(command.source, command.to, command.variant, command.revision, command.original)
     where, output = type(made.process.schedule).__name__, type(made.precondition).__name__.removesuffix("Precondition")
     say(f"{made.name} of {made.parameters:,} parameters, {where}, {output}, in {command.to}: network=Imported(folder)")
+    for note in (*made.notes, *_unused(command.to)):
+        say(f"Note: {note}")
+
+
+def _unused(folder: Path) -> tuple[str, ...]:
+    """What of a pipeline `ddistill encode` cannot use, in words."""
+    from ddistill.hub.autoencoders import CLASSES
+    from ddistill.hub.configs import read_json
+    from ddistill.hub.tokenizer import no_tokenizer
+    from ddistill.prompts import FAMILIES
+
+    notes = []
+    vae, index = folder / "vae" / "config.json", folder / "model_index.json"
+    if vae.is_file() and (name := read_json(vae, "an autoencoder").get("_class_name")) not in CLASSES:
+        notes.append(f"its autoencoder is {name}, for which there is no network: latents have to come from elsewhere")
+    if index.is_file() and any(folder.glob("text_encoder*")):
+        family = read_json(index, "the index of a pipeline").get("_class_name")
+        if family not in FAMILIES:
+            notes.append(f"prompts of a {family} cannot be encoded: conditions have to come from elsewhere")
+    for tokenizer in sorted(folder.glob("tokenizer*")):
+        if (tokenizer / "spiece.model").is_file() and not (tokenizer / "tokenizer.json").is_file():
+            notes.append(no_tokenizer(tokenizer))
+    return tuple(notes)
 
 
 def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
@@ -226,6 +249,10 @@ def encode(command: Encode) -> None:
 
 def sample(command: Sample) -> None:
     """Sample a run into a file."""
+    from ddistill.cli.networks import conditions_for, read_prompts
+    from ddistill.cli.study import decoder, models_of
+    from ddistill.evaluate.seen import all_rows
+
     if command.out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {command.out}: give a name that ends in .png for a picture or in .npz for arrays")
     if command.n < 1:
@@ -235,9 +262,18 @@ def sample(command: Sample) -> None:
     classes = data.num_classes
     if command.label is not None:
         _check_label("--label", command.label, classes)
+    prompts = None if command.prompts is None else read_prompts(command.prompts)
+    picture = command.out.suffix == ".png"
+    models = models_of(opened, command.models) if picture or prompts is not None else None
+    decode = decoder(opened, models)
     noise, labels, key = start(process, data.shape, classes, command.n, command.seed)
     if command.label is not None:
         labels = jnp.full(command.n, command.label)
+    cond: Any = labels
+    if data.null is not None or prompts is not None:
+        side = decode(np.zeros((1, *data.shape), np.float32)).shape[1]
+        here = conditions_for(data, prompts, models, command.n, command.seed, side)(0)
+        cond = jax.tree.map(lambda leaf: all_rows(np.asarray(leaf)), here)
     if command.teacher:
         if command.gamma is not None or command.guidance is not None:
             raise ValueError("--gamma and --guidance belong to the student's sampler: leave them out with --teacher")
@@ -245,12 +281,12 @@ def sample(command: Sample) -> None:
     else:
         made = experiment.method(process)
         sampler = student_sampler(opened.student, made, process, command.steps, command.gamma, command.guidance)
-    x = np.asarray(across(sampler, sharding.make_mesh(experiment.fsdp, experiment.tensor)).draw(noise, labels, key).x)
+    x = np.asarray(across(sampler, sharding.make_mesh(experiment.fsdp, experiment.tensor)).draw(noise, cond, key).x)
     if not hosts.first():
         return
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    if command.out.suffix == ".png":
-        _save_picture(command.out, data.to_unit(x))
+    if picture:
+        _save_picture(command.out, decode(x))
     elif labels is None:
         np.savez(command.out, x=x)
     else:
@@ -301,7 +337,8 @@ def export(command: Export) -> None:
     experiment, student = opened.experiment, opened.student
     made, network = experiment.method(experiment.process), experiment.network
     sampling, process = sampling_of(made), home(made, experiment.process)
-    guidance = sampling.guidance if command.guidance is None else command.guidance
+    held = network.guidance if isinstance(network, Imported) else None  # the network still reads it
+    guidance = next((w for w in (command.guidance, sampling.guidance, held) if w is not None), None)
     options: dict[str, Any] = {
         "teacher": network.folder if isinstance(network, Imported) else None,
         "guidance": guidance,

@@ -11,7 +11,7 @@ import numpy as np
 
 from ddistill.config import Data
 from ddistill.digests import digest_of
-from ddistill.evaluate.quality import Conditions, labels_in_turn
+from ddistill.evaluate.quality import Conditions, conditions_of, labels_in_turn
 from ddistill.evaluate.seen import part_of_process
 from ddistill.evaluate.statistics import identity
 from ddistill.hub.configs import read_json
@@ -118,6 +118,15 @@ def prompt_encoder(models: Path | None, side: int) -> Callable[[Sequence[str]], 
         return jax.tree.map(np.asarray, prompt)
 
     return encode
+
+
+def conditions_for(
+    data: Data, prompts: Sequence[str] | None, models: Path | None, batch_size: int, seed: int, side: int
+) -> Conditions:
+    """The conditions of samples: given prompts in turn (`prompt_conditions`), by default those of the data."""
+    if prompts is None:
+        return conditions_of(data, batch_size, seed)
+    return prompt_conditions(data, prompts, models, batch_size, side)
 
 
 def prompt_conditions(

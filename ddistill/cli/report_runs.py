@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddistill import grids
-from ddistill.cli.networks import prompt_conditions
+from ddistill.cli.networks import conditions_for
 from ddistill.cli.rows import fingerprint
 from ddistill.cli.study import decoder, models_of, on_latents
 from ddistill.config import Data
-from ddistill.evaluate.quality import conditions_of
 from ddistill.evaluate.real import images_of
 from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m, heun
@@ -200,8 +199,7 @@ def drawn_of(
     noise, cond, key = start(process, data.shape, data.num_classes, n, seed)
     words = []
     if data.null is not None:
-        given = None if prompts is None else prompt_conditions(data, prompts, folder or models, n, shape[0])
-        cond = (given or conditions_of(data, n, seed))(0)
+        cond = conditions_for(data, prompts, folder or models, n, seed, shape[0])(0)
         words = [
             "Samples are of prompts of the data." if prompts is None else "Samples are of the given prompts in turn."
         ]

@@ -15,13 +15,13 @@ from rich.table import Table
 from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.evaluate import UNJUDGED, steps_of
-from ddistill.cli.networks import open_networks, prompt_conditions, read_prompts, text_embeddings
+from ddistill.cli.networks import conditions_for, open_networks, read_prompts, text_embeddings
 from ddistill.cli.output import cell, say, screen, words_of
 from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
 from ddistill.config import Experiment, Imported, PairsData
 from ddistill.datasets import LatentFolder
 from ddistill.digests import digest_of
-from ddistill.evaluate.quality import Study, conditions_of, floor, judge, notes_of, real_variety
+from ddistill.evaluate.quality import Study, floor, judge, notes_of, real_variety
 from ddistill.evaluate.real import Decode, images_at, images_of, in_colour, to_bytes
 from ddistill.evaluate.samplers import Sampler, student_sampler, teacher_sampler
 from ddistill.evaluate.scores import METRICS, STANDARD, chosen, wanted
@@ -85,10 +85,7 @@ def study(command: Evaluate, opened: Opened) -> None:
     real, notes = reference(command, opened, networks, names, decode, shape, there, out / "reference.npz", images)
     rows = kept_rows(out, made)
     experiment, size = opened.experiment, command.batch_size
-    if prompts is None:
-        conditions = conditions_of(opened.data, size, command.seed)
-    else:
-        conditions = prompt_conditions(opened.data, prompts, folder, size, shape[0])
+    conditions = conditions_for(opened.data, prompts, folder, size, command.seed, shape[0])
     texts = text_embeddings(given, prompts) if prompts is not None and "clip_score" in names else None
     mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
     what = Study(

@@ -23,14 +23,16 @@ from ddistill.networks.autoencoder import (
     AutoencoderTinyConfig,
     Posterior,
     current_name,
+    scale_of,
     to_pictures,
 )
 from ddistill.networks.layers import rngs_of
 
-_CLASSES: Mapping[str, tuple[type, type]] = {
+CLASSES: Mapping[str, tuple[type, type]] = {
     "AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig),
     "AutoencoderTiny": (AutoencoderTiny, AutoencoderTinyConfig),
 }
+"""Autoencoders and their configurations, by their classes in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Autoencoder:
     def moments(self, x: Array) -> dict[str, Array]:
         """Pictures [B, H, W, in_channels] in [-1, 1] -> mean and std, or x alone, of a denoiser's latents [B, h, w, C].
 
-        They are (z − shift) · scale of the posterior's z, or of the one z that the tiny autoencoder gives.
+        They are (z − shift) · scale (`scale_of`) of the posterior's z, or of the one z of the tiny autoencoder.
         """
         return _moments(self.params, self.rest, x, self.code)
 
@@ -69,9 +71,9 @@ def load_autoencoder(
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     raw = read_json(folder / "config.json", "the configuration of an autoencoder")
     name = str(raw.get("_class_name"))
-    if name not in _CLASSES:
-        raise ValueError(f"{folder} holds a model of the class {name}; autoencoders are {', '.join(_CLASSES)}")
-    module, kind = _CLASSES[name]
+    if name not in CLASSES:
+        raise ValueError(f"{folder} holds a model of the class {name}; autoencoders are {', '.join(CLASSES)}")
+    module, kind = CLASSES[name]
     config = parsed(kind, name, raw)
     abstract, rest, code = split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=rngs_of(0))))
     tensors = {current_name(n): tensor for n, tensor in open_tensors(folder, variant).items()}
@@ -79,15 +81,11 @@ def load_autoencoder(
     return Autoencoder(config, read_params(tensors, shapes, mesh), rest, code)
 
 
-def _scale(config: Any) -> tuple[float, float]:
-    return config.shift_factor or 0.0, config.scaling_factor
-
-
 @functools.partial(jax.jit, static_argnums=3)
 def _moments(params: dict[str, Array], rest: dict[str, Array], x: Array, code: Definition) -> dict[str, Array]:
     module: Any = code(params, rest)
     z = module.encode(x)
-    shift, scale = _scale(module.config)
+    shift, scale = scale_of(module.config)
     if isinstance(z, Posterior):
         return {"mean": (z.mean - shift) * scale, "std": jnp.exp(0.5 * z.log_variance) * scale}
     return {"x": (z - shift) * scale}

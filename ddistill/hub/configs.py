@@ -158,9 +158,9 @@ def parsed(kind: type, name: str, config: Mapping[str, Any]) -> Any:
         if key in fields:
             if not _fits(hints[key], value):
                 wrong.append(f"{key} = {_shown(value)} should be {_type_name(hints[key])}")
-        elif key not in fixed:
+        elif key not in fixed and key not in getattr(kind, "UNREAD", ()):
             wrong.append(f"{key} = {_shown(value)} is an option that is not known")
-        elif value not in [_tuples(v) for v in fixed[key]]:
+        elif key in fixed and value not in [_tuples(v) for v in fixed[key]]:
             wrong.append(f"{key} = {_shown(value)} is not supported, only {' or '.join(map(_shown, fixed[key]))}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -20,12 +20,17 @@ from ddistill.networks.autoencoder import current_name
 from ddistill.networks.layers import Remat, rngs_of
 from ddistill.process import Process
 
+_UNREAD = ("caption_projection.y_embedding",)  # PixArt-α's empty prompt for training, which diffusers ignores as well
+
 PARTS = ("unet", "transformer")
 """What pipelines call the folder of their denoiser."""
 
 
 class Parts(NamedTuple):
-    """Where the parts of a teacher are in a folder; scheduler is None where there is none."""
+    """Where the parts of a teacher are in a folder; scheduler is None where there is none.
+
+    Both are the folder itself for the oldest pipelines, such as google/ddpm-cifar10-32.
+    """
 
     network: Path
     scheduler: Path | None
@@ -38,7 +43,7 @@ def parts_of(folder: Path | str) -> Parts:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}; {what}")
     scheduler = folder / "scheduler"
-    beside = scheduler if scheduler.is_dir() else None
+    beside = scheduler if scheduler.is_dir() else folder if (folder / "scheduler_config.json").is_file() else None
     networks = [folder / name for name in PARTS if (folder / name).is_dir()]
     if len(networks) == 1:
         return Parts(networks[0], beside)
@@ -88,7 +93,8 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_weights(folder: Path | str, variant: str | None = None) -> dict[str, StoredTensor]:
     """The tensors of the denoiser in a folder, attention's old names as today's; raises as `open_tensors`."""
-    return {current_name(name): tensor for name, tensor in open_tensors(parts_of(folder).network, variant).items()}
+    tensors = open_tensors(parts_of(folder).network, variant)
+    return {current_name(name): tensor for name, tensor in tensors.items() if name not in _UNREAD}
 
 
 def load_network(

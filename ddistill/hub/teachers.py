@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from ddistill.hub.configs import kind_of, read_json
-from ddistill.hub.load import open_config, open_diffusion, open_weights, parts_of, plan
+from ddistill.hub.load import PARTS, open_config, open_diffusion, open_weights, parts_of, plan
 from ddistill.hub.pickles import checkpoint_tensors, edm_snapshot
-from ddistill.hub.tensors import STEMS, weights_file
+from ddistill.hub.tensors import STEMS, weights_among, weights_file
 from ddistill.net import Preconditioning, from_nnx
 from ddistill.networks.dit import as_flow, from_original, original_config
 from ddistill.networks.layers import rngs_of
@@ -46,15 +47,17 @@ _ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
 """Projects of original checkpoints: the class of `configs.ORIGINALS`, and a scheduler of the process."""
 
 _TEXTS = (".json", ".txt", ".model", ".jinja")
+_ROOT = ("model_index.json", "config.json", "scheduler_config.json")
 
 
 class Summary(NamedTuple):
-    """What an imported teacher is."""
+    """What an imported teacher is; notes: what is to be known before it is used."""
 
     name: str
     parameters: int
     process: Process
     precondition: Preconditioning
+    notes: tuple[str, ...] = ()
 
 
 def import_teacher(
@@ -69,8 +72,9 @@ def import_teacher(
     source: a folder of diffusers with scheduler/ and unet/ or transformer/, the id of one on the hub, "org/name", of
     which `revision` is taken, or a file of which nothing is executed: a snapshot of EDM or EDM2, or a checkpoint of the
     project `original`, "dit" (ε on DDPM's linear 1000 steps) or "sit" (the velocity of the linear path). variant: of
-    the weights, "fp16" for example; in the copy they have names without it. What else the pipeline has, autoencoder and
-    text encoders, is copied along where its weights are safetensors. Nothing is left behind of an import that fails.
+    the weights, "fp16" for example, where they have it; in the copy they have names without it. What else the pipeline
+    has, autoencoder and text encoders, is copied along. Weights that are pickles alone (.bin) become safetensors, a
+    component at a time in memory; nothing of them is executed. Nothing is left behind of an import that fails.
     Raises FileExistsError for a folder that is not empty, ConnectionError for a hub that cannot be reached, ValueError
     for a checkpoint of DiT or SiT without `original`, and as `load_network`, `edm_snapshot` and `from_original` do.
     """
@@ -84,20 +88,27 @@ def import_teacher(
     if original is not None:
         raise FileNotFoundError(f"{source} is no file: --original {original} takes a checkpoint of that project, a .pt")
     folder = find(source, variant, revision)
-    summary = check_teacher(folder, variant)
     network, scheduler = parts_of(folder)
+    pickled = all(name.endswith((".bin", ".bin.index.json")) for name in _weights_of(network, variant))
+    summary = None if pickled else check_teacher(folder, variant)
     with written_whole(to) as part:
         if scheduler is None:  # a network of EDM, imported before
             _copy(network, part, variant)
-        elif network == folder:  # a model's own folder with scheduler/ in it
-            _copy(network, part / open_config(folder)[0].folder, variant)
-            _copy(scheduler, part / "scheduler", None)
+        elif network == folder:  # a model's own folder with its scheduler in it
+            at = part / open_config(folder)[0].folder
+            at.mkdir()
+            shutil.copyfile(network / "config.json", at / "config.json")
+            _copy_weights(network, at, variant)
+            (part / "scheduler").mkdir()
+            file = "scheduler_config.json"
+            shutil.copyfile(scheduler / file, part / "scheduler" / file)
         else:
             for path in sorted(scheduler.parent.iterdir()):
                 if path.is_dir() and not path.name.startswith("."):
                     _copy(path, part / path.name, variant)
                 elif path.name == "model_index.json":
                     shutil.copyfile(path, part / path.name)
+        summary = summary or check_teacher(part)
         _write_record(part, source, summary)
     return summary
 
@@ -116,7 +127,22 @@ def _import_file(source: Path, to: Path, original: str | None) -> Summary:
         save_file(arrays, network / f"{STEMS[0]}.safetensors")
         summary = check_teacher(part)
         _write_record(part, source, summary)
-    return summary
+    return summary._replace(notes=_notes_of(config, original))
+
+
+def _notes_of(config: Mapping[str, Any], original: str | None) -> tuple[str, ...]:
+    if original is not None:
+        return (
+            "diffusers embeds times otherwise than this project does, so its students cannot be exported: import "
+            "diffusers' copy of the model for that, where there is one",
+        )
+    if config["_class_name"] == "Precond" and config.get("img_channels") == 4:
+        return (
+            "its latents are those of Stable Diffusion's autoencoder, normalised (EDM2's encoders.py): give that "
+            'autoencoder\'s config.json "scaling_factor": 0.5, "latents_mean": [5.81, 3.25, 0.12, -2.15] and '
+            '"latents_std": [4.17, 4.62, 3.71, 3.28] before anything is encoded or decoded by it',
+        )
+    return ()
 
 
 def _snapshot(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -178,19 +204,43 @@ def find(source: Path | str, variant: str | None = None, revision: str | None = 
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"{source} is neither a folder nor an id of the hub, such as organisation/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    middle = "" if variant is None else f".{variant}"
-    weights = [f"*/*{middle}.safetensors", f"*/*{middle}-0*.safetensors", "*/*.safetensors"]
-    wanted = ["model_index.json", "config.json", *(f"*/*{end}" for end in _TEXTS), *weights]
-    others = [] if variant else ["*.fp16*", "*.bf16*", "*non_ema*"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted, ignore_patterns=others))
+        try:
+            names = files_of(HfApi().list_repo_files(str(source), revision=revision), variant)
+        except OfflineModeIsEnabled:
+            names = None  # what was downloaded before
+        patterns = None if names is None else [glob.escape(name) for name in names]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ConnectionError(
             f"there is no folder {source}, and the hub does not give a model of that id: {error}"
         ) from error
+
+
+def files_of(names: Sequence[str], variant: str | None = None) -> list[str]:
+    """Of all files of a pipeline on the hub those that are needed: configurations, vocabularies, and weights once.
+
+    Raises ValueError where the denoiser has weights of other variants alone.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, []).append(file)
+    alone = not set(PARTS) & set(folders)  # the denoiser lies at the root
+    wanted = []
+    for folder, files in folders.items():
+        if folder.count("/"):
+            continue
+        weights = weights_among(files, variant) if folder or alone else []
+        if (folder in PARTS or (alone and not folder)) and not weights:
+            there = ", ".join(sorted(file for file in files if file.endswith((".safetensors", ".bin")))) or "nothing"
+            raise ValueError(f"the denoiser has {there}: name the variant of its weights, such as --variant fp16")
+        texts = [f for f in files if f.endswith(_TEXTS) and ".index." not in f] if folder else list(_ROOT)
+        wanted += [f"{folder}/{file}" if folder else file for file in (*texts, *weights) if file in files]
+    return wanted
 
 
 @contextlib.contextmanager
@@ -213,19 +263,26 @@ def written_whole(to: Path) -> Iterator[Path]:
 
 def _copy(folder: Path, to: Path, variant: str | None) -> None:
     """Copy a component: its texts, and of its weights those of the variant, or else those without one."""
-    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-        return
     to.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix in _TEXTS and ".safetensors.index" not in path.name:
+        if path.is_file() and path.suffix in _TEXTS and ".index." not in path.name:
             target = to / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    if any(folder.glob("*.safetensors")):
+    if _weights_of(folder, variant):
         _copy_weights(folder, to, variant)
 
 
+def _weights_of(folder: Path, variant: str | None) -> list[str]:
+    return weights_among([path.name for path in folder.iterdir()], variant)
+
+
 def _copy_weights(folder: Path, to: Path, variant: str | None) -> None:
+    pickles = [name for name in _weights_of(folder, variant) if name.endswith(".bin")]
+    if pickles:
+        tensors = {n: np.ascontiguousarray(a) for name in pickles for n, a in checkpoint_tensors(folder / name).items()}
+        save_file(tensors, to / f"{STEMS[pickles[0].startswith('pytorch_model')]}.safetensors")
+        return
     try:
         first = weights_file(folder, variant)
     except FileNotFoundError:

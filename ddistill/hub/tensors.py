@@ -1,7 +1,8 @@
 """The tensors of safetensors files, by name, read slice by slice: a model of any size is never whole in memory."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the file of a model's weights."""
+
+_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?"
+    r"\.(safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
+)
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -90,6 +96,17 @@ def open_tensors(path: Path | str, variant: str | None = None) -> StoredTensors:
     return StoredTensors({name: found[name] for name in home})
 
 
+def weights_among(names: Iterable[str], variant: str | None = None) -> list[str]:
+    """Of the names of a folder's files those of its weights: of the variant, or else without one; pickles last."""
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for name in names:
+        if match := _FILE.fullmatch(name):
+            before, after, kind, of_index = match.groups()
+            found.setdefault((kind, before or after or of_index), []).append(name)
+    wanted = [(kind, of) for kind in ("safetensors", "bin") for of in (variant, None)]
+    return next((found[key] for key in wanted if key in found), [])
+
+
 def weights_file(folder: Path, variant: str | None = None) -> Path:
     """The file of weights in a model's folder, or the index of its shards."""
     middle = "" if variant is None else f".{variant}"
@@ -103,7 +120,7 @@ def weights_file(folder: Path, variant: str | None = None) -> Path:
     if any(name.startswith(STEMS) and ".safetensors" in name for name in there):
         how = "; name one of its variants (fp16, bf16) where there is one"
     elif any(name.endswith((".bin", ".ckpt", ".pt")) for name in there):
-        how = "; pickled weights are not read, as they can execute code: save them with safe_serialization=True"
+        how = "; pickled weights are read once, by `ddistill import`, which writes safetensors"
     named = f"{STEMS[0]}{middle}.safetensors"
     raise FileNotFoundError(f"{folder} has no {named}, only {', '.join(there) or 'no weights'}{how}")
 

@@ -64,7 +64,7 @@ def open_tokenizer(folder: Path | str, length: int, prepare: Callable[[str], str
         settings = CLIP | settings
         backend = _clip(folder, settings)
     else:
-        raise FileNotFoundError(_none_in(folder))
+        raise FileNotFoundError(no_tokenizer(folder))
 
     listed = sorted((int(number), token) for number, token in settings.get("added_tokens_decoder", {}).items())
     added = {token["content"]: _added(token) for _, token in listed}
@@ -135,7 +135,8 @@ def _clip(folder: Path, settings: dict[str, Any]) -> Any:
     return backend
 
 
-def _none_in(folder: Path) -> str:
+def no_tokenizer(folder: Path) -> str:
+    """What a folder without a tokenizer that can be read has, and what to do where there is a remedy."""
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if "spiece.model" in there:
         return (

@@ -8,10 +8,11 @@ distilled stand-in (TAESD). Pictures are [B, H, W, 3] in [−1, 1]. A denoiser s
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -35,14 +36,20 @@ class AutoencoderKLConfig:
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
-    FIXED: ClassVar[Mapping[str, tuple]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
+    FIXED: ClassVar[Mapping[str, tuple]] = {"act_fn": ("silu",)}
 
     def __post_init__(self):
+        for name in ("latents_mean", "latents_std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.latent_channels:
+                raise ValueError(f"{name} has {len(given)} numbers for {self.latent_channels} latent_channels")
         levels = len(self.block_out_channels)
         for name, kind in (("down_block_types", DOWN), ("up_block_types", UP)):
             if tuple(getattr(self, name)) != (kind,) * levels:
@@ -79,6 +86,7 @@ class AutoencoderTinyConfig:
         "upsampling_scaling_factor": (2,),
         "force_upcast": (False,),
     }
+    UNREAD: ClassVar[tuple[str, ...]] = ("block_out_channels",)  # diffusers writes it, and reads the two above
 
     def __post_init__(self):
         for part in ("encoder", "decoder"):
@@ -205,7 +213,19 @@ def to_latents(
     z = _in_slices(autoencoder.encode, pictures, at_once)
     if isinstance(z, Posterior):
         z = z.mode() if key is None else z.sample(key)
-    return (z - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
+    shift, scale = scale_of(autoencoder.config)
+    return (z - shift) * scale
+
+
+def scale_of(config: AutoencoderKLConfig | AutoencoderTinyConfig) -> tuple[Any, Any]:
+    """shift and scale, each a number or one for each channel: a denoiser's latents are (z − shift) · scale.
+
+    Where latents have a mean and a deviation of their own, z is normalised by them first.
+    """
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    shift = (config.shift_factor or 0.0) if mean is None else np.asarray(mean, np.float32)
+    scale = config.scaling_factor if std is None else config.scaling_factor / np.asarray(std, np.float32)
+    return shift, scale
 
 
 def to_pictures(
@@ -216,8 +236,8 @@ def to_pictures(
     at_once: how many are decoded at a time, so that a large batch fits; all if None. clip: to [−1, 1]; losses that send
     gradients through the pictures go without.
     """
-    z = latents / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
-    pictures = _in_slices(autoencoder.decode, z, at_once)
+    shift, scale = scale_of(autoencoder.config)
+    pictures = _in_slices(autoencoder.decode, latents / scale + shift, at_once)
     return jnp.clip(pictures, -1.0, 1.0) if clip else pictures
 
 
