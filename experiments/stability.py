@@ -4,8 +4,8 @@
     python experiments/stability.py rows.json --out experiments/results/stability.md
 
 The first command trains the seeds whose rows are not in its file yet; experiments/results/stability.json has some.
-Every seed has its own network fitted to the teacher, batches, noise and discriminator. The numbers are at one step, in
-two dimensions.
+Every seed has its own network fitted to the teacher, batches, noise and discriminator. The numbers are at one step, on
+grid25; on other mixtures of two dimensions sw2 is taken as the same multiple of what two exact samples have.
 """
 
 import argparse
@@ -22,10 +22,14 @@ LIMITS = {
 }
 """At least so much recall and precision, at most so much sw2."""
 
+FLOOR = 0.025
+"""sw2 of two exact samples of grid25."""
+
 
 def reached(row: Mapping, limits: Mapping[str, float]) -> bool:
     """Whether a row meets all of its limits."""
-    return all(row[name] <= limit if name == "sw2" else row[name] >= limit for name, limit in limits.items())
+    wider = 1.0 if row["mixture"] == "grid25" else row["floor_sw2"] / FLOOR
+    return all(row[k] <= most * wider if k == "sw2" else row[k] >= most for k, most in limits.items())
 
 
 def page(rows: Sequence[Mapping]) -> str:

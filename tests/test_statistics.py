@@ -22,8 +22,12 @@ from ddistill.config import Data
 from ddistill.data.images import Pictures
 from ddistill.data.loading import Readable
 from ddistill.evaluate import seen
+from ddistill.evaluate.kernels import cmmd, inception_score, kid
+from ddistill.evaluate.metrics import frechet_parts
+from ddistill.evaluate.moments import moments_of
+from ddistill.evaluate.neighbours import manifold
 from ddistill.evaluate.real import images_at, images_of, told
-from ddistill.evaluate.scores import METRICS, chosen, wanted
+from ddistill.evaluate.scores import METRICS, chosen, scores, wanted
 from ddistill.evaluate.statistics import (
     check_statistics,
     open_statistics,
@@ -272,6 +276,43 @@ def test_one_device_and_two_processes_see_what_eight_devices_see(tmp_path, monke
     assert row["samples"] == 29 and floor["samples"] == 16 and images["skipped"] == 2
     assert set(METRICS) <= set(row) and min(images["lpips of prompts"], row["lpips"]) > 0
     assert row["fid"] > floor["fid"] > 0 and row["recall"] < floor["recall"]
+
+
+def test_every_metric_reads_its_own_features_of_samples_and_of_the_real():
+    rng = np.random.default_rng(0)
+
+    def look(shift, n=40):
+        rows = {
+            key: (shift + rng.standard_normal((n, 5))).astype(np.float32)
+            for key in ("inception.pool", "inception.logits", "clip.embedding")
+        }
+        rows["clip.embedding"] /= np.linalg.norm(rows["clip.embedding"], axis=1, keepdims=True)
+        moments = {
+            key: moments_of(scale * (shift + rng.standard_normal((n, 5))))
+            for key, scale in (("inception.pool", 1), ("inception.spatial", 2), ("dinov2.embedding", 3))
+        }
+        return seen.Seen(n, moments, rows, np.arange(n))
+
+    fake, real = look(0.0), look(0.7)
+    found = scores(tuple(METRICS), fake, real, seed=3)
+
+    def distance(key):
+        one, other = fake.moments[key], real.moments[key]
+        return frechet_parts(one.mean, one.covariance, other.mean, other.covariance).distance
+
+    pools = [part.rows["inception.pool"] for part in (real, fake)]
+    near, far = (manifold(*pools, k) for k in (3, 5))
+    mean, std = inception_score(fake.rows["inception.logits"], seed=3)
+    by_kernel = kid(pools[1], pools[0], seed=3)
+    expected = {
+        "fid": distance("inception.pool"), "sfid": distance("inception.spatial"), "kid": by_kernel.mean,
+        "kid_std": by_kernel.std, "inception_score": mean, "inception_score_std": std, "precision": near.precision,
+        "recall": near.recall, "density": far.density, "coverage": far.coverage,
+        "fd_dinov2": distance("dinov2.embedding"),
+        "cmmd": cmmd(fake.rows["clip.embedding"], real.rows["clip.embedding"]),
+    }  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len({round(value, 6) for value in expected.values()}) == len(expected)  # none stands for another
 
 
 def test_metrics_are_named_with_the_networks_they_need():
