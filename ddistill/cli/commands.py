@@ -271,7 +271,7 @@ def sample(command: Sample) -> None:
         labels = jnp.full(command.n, command.label)
     cond: Any = labels
     if data.null is not None or prompts is not None:
-        side = decode(np.zeros((1, *data.shape), np.float32)).shape[1]
+        side = 0 if prompts is None else decode(np.zeros((1, *data.shape), np.float32)).shape[1]
         here = conditions_for(data, prompts, models, command.n, command.seed, side)(0)
         cond = jax.tree.map(lambda leaf: all_rows(np.asarray(leaf)), here)
     if command.teacher:

@@ -130,11 +130,11 @@ def _evaluations(folder: Path) -> tuple[list[Judged], str]:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        here = value.get("rows") if isinstance(value, dict) else None
+        here, made = (value.get("rows"), value.get("made")) if isinstance(value, dict) else (None, None)
         found = [row for row in here if isinstance(row, dict) and "sampler" in row] if isinstance(here, list) else []
         if not found:
             continue
-        made = value.get("made") or {}
+        made = made if isinstance(made, dict) else {}
         if made.get("run", now) != now:
             old.append(str(path))
             continue

@@ -89,7 +89,7 @@ def import_teacher(
         raise FileNotFoundError(f"{source} is no file: --original {original} takes a checkpoint of that project, a .pt")
     folder = find(source, variant, revision)
     network, scheduler = parts_of(folder)
-    pickled = all(name.endswith((".bin", ".bin.index.json")) for name in _weights_of(network, variant))
+    pickled = any(name.endswith(".bin") for name in _weights_of(network, variant))
     summary = None if pickled else check_teacher(folder, variant)
     with written_whole(to) as part:
         if scheduler is None:  # a network of EDM, imported before

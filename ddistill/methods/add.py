@@ -45,8 +45,8 @@ class ADD:
     averaged over coordinates. distill: λ. The teacher's answer is a mean of what may have been: a large λ draws all
     samples to few modes, the adversary holds them apart. The paper takes λ = 2.5, τ of four times and a discriminator
     of heads on the features of DINOv2 (`FeatureHeads`); with `TeacherHeads` and λ = 0 this is LADD (Sauer et al. 2024).
-    weighting: c; times: the law of t. rate: small, so that the discriminator can follow the student. Guidance is the
-    teacher's alone. Others: see `GAN`.
+    weighting: c; that of the paper's last model, which it calls NFSD, is not told in it. times: the law of t. rate:
+    small, so that the discriminator can follow the student. Guidance is the teacher's alone. Others: see `GAN`.
     """
 
     adversary: Adversary = field(default_factory=Adversary)
