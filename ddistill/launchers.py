@@ -97,8 +97,8 @@ def _slurm(environment: Mapping[str, str]) -> Cluster | None:
     job, nodes, tasks, process, local = (environment[name] for name in names)
     if int(tasks) < 2:
         return None
-    # node[001-015,17],other: the first name within the first brackets.
-    host = re.sub(r"^([^,\[]*)\[([^,\-\]]+).*$", r"\1\2", nodes).partition(",")[0]
+    # rack[1-2]node[001-015,17]-ib,other: of each pair of brackets the first name, up to the first comma outside.
+    host = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", nodes).partition(",")[0]
     step = environment.get("SLURM_STEP_ID", "0")
     port = 61440 + (int(job) + 97 * (int(step) if step.isdigit() else 0)) % 4096
     here = _tasks_on_each(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))

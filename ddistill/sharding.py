@@ -7,6 +7,7 @@ blocks for good, and what is computed with them.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -168,14 +169,28 @@ def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 
 def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh ("data", "fsdp", "tensor") over all devices of all processes.
+    """A mesh ("data", "fsdp", "tensor") over all devices of all processes; see `mesh_over`."""
+    return mesh_over(jax.devices(), fsdp, tensor)
 
-    fsdp · tensor devices share one copy of the parameters; `tensor` of them work on the same samples. Raises ValueError
-    unless fsdp · tensor divides the number of devices.
+
+def mesh_over(devices: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp", "tensor") over devices, process after process.
+
+    fsdp · tensor devices share one copy of the parameters; `tensor` of them work on the same samples. A batch's rows
+    lie along the mesh, so that those which a process reads, the p-th of P parts, are those of its own devices: what
+    `jax.make_mesh` does to devices of a TPU slice, for the sake of their wires, would mix the processes. Raises
+    ValueError unless fsdp · tensor divides the number of devices, and `tensor` that of each process.
     """
+    sizes = _sizes(len(devices), fsdp, tensor)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    there = Counter(device.process_index for device in ordered)
+    if len(there) > 1 and any(count % tensor for count in there.values()):
+        raise ValueError(
+            f"tensor = {tensor} devices work on the same samples and must be of one process, which has "
+            f"{min(there.values())}: take a divisor of that"
+        )
     # Auto: under Explicit axes, jax's default, sharded convolutions do not type-check.
-    sizes = _sizes(jax.device_count(), fsdp, tensor)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(ordered, object).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:

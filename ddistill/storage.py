@@ -21,6 +21,11 @@ T = TypeVar("T")
 PAUSES = (1.0, 5.0, 25.0)
 """Seconds before each further try of what failed."""
 
+CONTINUED = ("metrics.jsonl", "notes.txt", "log.txt", "wandb.txt", "previews/numbers.jsonl")
+"""Files of a run's log with which a later start goes on."""
+
+_BUCKET = re.compile(r"(gs|s3|az|hf):/+(.*)")
+
 
 def folder(path: Path | str) -> Path:
     """A path on disk, or the path-like object of one in a bucket, also where pathlib has eaten one of its slashes.
@@ -28,7 +33,7 @@ def folder(path: Path | str) -> Path:
     Raises ImportError where the library of that kind of bucket is not installed.
     """
     text = os.fspath(path)
-    match = re.fullmatch(r"(gs|s3|az|hf):/+(.*)", text)
+    match = _BUCKET.fullmatch(text)
     if match is None:
         return Path(path)
     import fsspec
@@ -47,8 +52,9 @@ def folder(path: Path | str) -> Path:
 
 
 def remote(path: Path) -> bool:
-    """Whether it is in a bucket."""
-    return "://" in os.fspath(path)
+    """Whether it is in a bucket, also where pathlib has eaten one of its slashes."""
+    text = os.fspath(path)
+    return "://" in text or _BUCKET.fullmatch(text) is not None
 
 
 def names(folder: Path) -> list[str]:
@@ -164,8 +170,9 @@ def mirrored(
             with contextlib.suppress(Exception):  # tried again later, and told of in the end
                 copy_changed()
 
-    for name in ("metrics.jsonl", "notes.txt"):
+    for name in CONTINUED:
         if (target / name).exists():
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
             (local / name).write_bytes((target / name).read_bytes())
     copied.update(here())
     ended = threading.Event()

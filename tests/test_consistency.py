@@ -15,10 +15,14 @@ from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
 from ddistill.methods.consistency import doubled, node, position, renoising_times
 from ddistill.net import Net
-from ddistill.process import edm, flow, trig, vp
+from ddistill.process import edm, flow, trig, ve, vp, vp_cosine
 from ddistill.sample import sample
 
 C = 0.5
+PROCESSES = pytest.mark.parametrize(
+    "process", [edm(), vp(), flow(), trig(), vp_cosine()], ids=lambda p: type(p.schedule).__name__
+)
+"""The last one's t_min is 0."""
 SIMPLE = Consistency(intervals=18, max_intervals=18, solver_steps=1, weighted=False, distance=L2(), between=False)
 
 
@@ -54,7 +58,7 @@ def loss_of(config, process, student, batch=256, step=0, **nets):
     return jax.jit(lambda nets: loss(nets, {"x": x}, Progress(step), jax.random.key(1))[0])(nets)
 
 
-@pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+@PROCESSES
 @pytest.mark.parametrize("between", [False, True])
 def test_the_exact_map_with_an_exact_solver_has_no_loss(process, between):
     config = dataclasses.replace(SIMPLE, solver=exact_solver(process), between=between)
@@ -145,10 +149,19 @@ def test_nodes_are_karras_grid_and_n_doubles_on_schedule():
     assert 0.002 < float(node(process, jnp.asarray(0.5), 1)) < 80
 
 
-@pytest.mark.parametrize("process", [edm(), vp(), flow(), trig()], ids=lambda p: type(p.schedule).__name__)
+@PROCESSES
 def test_position_is_the_inverse_of_node(process):
     i = jnp.asarray([0.0, 0.5, 3.0, 7.25, 9.0, 10.0])
     np.testing.assert_allclose(position(process, node(process, i, 10), 10), i, atol=2e-3)
+
+
+def test_where_noise_is_left_at_the_data_the_last_interval_has_a_length():
+    i, process = jnp.arange(11.0), ve()
+    times = node(process, i, 10)
+    assert times[-1] == 0 == process.t_min and np.all(np.diff(times) < 0)
+    np.testing.assert_allclose(position(process, times, 10), i, atol=2e-3)
+    config = Consistency(intervals=10, max_intervals=10, solver=exact_solver(process))
+    assert 0 <= loss_of(config, process, exact_student(process)) < 1e-2  # 1/(ρ_t − ρ_s) of an empty one is NaN
 
 
 def by_velocity(velocity, process):
@@ -272,6 +285,15 @@ def test_the_sampler_that_overshoots_jumps_two_times_down_and_comes_one_up():
     drawn = sample(student, process, [80.0, 3.0, 0.5, 0.0], x, key, overshoot=1)
     np.testing.assert_allclose(drawn.x, y, rtol=1e-4, atol=1e-6)
     assert int(drawn.nfe) == 3
+
+
+def test_with_gamma_between_part_of_the_noise_is_drawn_anew():
+    process, key, x = edm(), jax.random.key(3), 80 * jax.random.normal(jax.random.key(0), (6, 2))
+    student = Net({}, {}, lambda p, r, x, t, c, *, s, key: 0.3 * x / (1 + t[:, None]) + 0.1 * s[:, None])
+    noise, gamma = jax.random.normal(jax.random.fold_in(key, 0), x.shape), 0.4
+    y = student.jump(process, x, 80.0, np.sqrt(1 - gamma**2) * 3.0) + gamma * 3.0 * noise
+    drawn = sample(student, process, [80.0, 3.0, 0.0], x, key, gamma=gamma).x
+    np.testing.assert_allclose(drawn, student.jump(process, y, 3.0, 0.0), rtol=1e-4, atol=1e-6)
 
 
 def test_sampling_forwards_inverts_sampling_backwards():

@@ -16,7 +16,7 @@ from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
 from ddistill.methods.consistency_training import ConsistencyTraining, Doubling, Growing, Shrinking
 from ddistill.net import Net
-from ddistill.process import edm, flow, trig, vp
+from ddistill.process import edm, flow, trig, vp, vp_cosine
 
 C = 0.5
 DATA = C * jax.random.normal(jax.random.key(0), (100_000, 1))
@@ -44,7 +44,7 @@ def loss_of(config, process, student, x=DATA, progress=0):
 
 
 @pytest.mark.parametrize(
-    ("process", "solver"), [(edm(), euler), (flow(), euler), (vp(), ddim), (trig(), ddim)],
+    ("process", "solver"), [(edm(), euler), (flow(), euler), (vp(), ddim), (trig(), ddim), (vp_cosine(), ddim)],
     ids=lambda p: type(p.schedule).__name__ if hasattr(p, "schedule") else "",
 )  # fmt: skip
 def test_it_is_distillation_by_an_euler_step_with_x0_for_the_denoiser(process, solver):

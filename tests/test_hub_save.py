@@ -242,6 +242,8 @@ def test_what_a_student_reads_is_folded_where_it_is_one_number(folders):
     assert np.abs(call(student.replace(params=bare), x, 300.0, labels, None) - with_inputs).max() > 1e-2
     with pytest.raises(ValueError, match="jumps to several.*--drop-target"):
         without_inputs(student, None, 3.0)
+    with pytest.raises(ValueError, match="reads a guidance scale.*guidance="):
+        without_inputs(student, 0.0, None)
     dropped = without_inputs(student, None, None, drop=True)
     np.testing.assert_array_equal(dropped["proj_out_2.kernel"], student.params["proj_out_2.kernel"])
     assert process.t_max == 1000

@@ -27,7 +27,7 @@ from ddistill.hub.save import config_of
 from ddistill.hub.teachers import check_teacher, files_of, import_teacher
 from ddistill.hub.tensors import open_tensors
 from ddistill.integrators import ddim
-from ddistill.methods import Consistency
+from ddistill.methods import Consistency, LatentConsistency
 from ddistill.net import VelocityPrecondition, from_nnx
 from ddistill.process import cosine, flow
 from ddistill.runs import distil, load_experiment, open_run, read_metrics, stages
@@ -315,7 +315,7 @@ def test_what_diffusers_cannot_hold_of_an_original_checkpoint_is_refused(origina
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt", "y.pt"]
 
 
-def test_the_scale_at_which_a_network_was_held_goes_with_its_student(monkeypatch):
+def test_the_scale_at_which_a_network_was_held_goes_with_its_student(monkeypatch, capsys):
     given = []
     monkeypatch.setattr(
         "ddistill.hub.save.export_student",
@@ -323,13 +323,19 @@ def test_the_scale_at_which_a_network_was_held_goes_with_its_student(monkeypatch
             given.append(options["guidance"]) or SimpleNamespace(call={}, scheduler={"_class_name": ""})
         ),
     )
-    for held, flags in ((3.5, []), (3.5, ["--guidance", "2"]), (None, [])):
-        e = SimpleNamespace(
-            name="e", process=flow(), method=Consistency(), network=Imported(Path("teacher"), guidance=held)
-        )
+    for held, method, flags in (
+        (3.5, Consistency(), []),
+        (None, Consistency(), []),
+        (None, LatentConsistency(), []),
+        (None, LatentConsistency(), ["--guidance", "2"]),
+    ):
+        e = SimpleNamespace(name="e", process=flow(), method=method, network=Imported(Path("teacher"), guidance=held))
         monkeypatch.setattr(commands, "open_run", lambda run, e=e: SimpleNamespace(experiment=e, student=None))
         assert main(["export", "run", "--to", "out", *flags]) == 0
-    assert given == [3.5, 2.0, None]
+    assert given == [3.5, None, LatentConsistency()(flow()).sampling.guidance, 2.0]
+    e.method = Consistency()
+    assert main(["export", "run", "--to", "out", "--guidance", "2"]) == 2
+    assert "this student's guidance is built in" in capsys.readouterr().err
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,13 +30,15 @@ from ddistill.methods.intervals import Edges
 from ddistill.methods.invertible import Invertible
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net, two_way
-from ddistill.process import edm, flow, trig, vp
+from ddistill.process import edm, flow, trig, vp, vp_cosine
 from ddistill.runs import open_run
 from ddistill.sample import sample
 from ddistill.train import make_trainer
 
 C = 0.5
-PROCESSES = pytest.mark.parametrize("process", [edm(), flow(), trig(0.2)], ids=lambda p: type(p.schedule).__name__)
+PROCESSES = pytest.mark.parametrize(
+    "process", [edm(), flow(), trig(0.2), vp_cosine()], ids=lambda p: type(p.schedule).__name__
+)
 LINEAR = Invertible(distance=L2())
 
 

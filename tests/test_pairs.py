@@ -14,13 +14,13 @@ from ddistill.cli import Pairs, commands, main
 from ddistill.config import Data, Experiment
 from ddistill.data import ArraySource
 from ddistill.data.pair_store import fingerprint, open_pairs, write_pairs
-from ddistill.data.pairs import _draws_noise, teacher_pairs
+from ddistill.data.pairs import _draws_noise, _segments, teacher_pairs
 from ddistill.integrators import ddim, dpmpp_3m, dpmpp_3s, predictor_corrector
 from ddistill.integrators.exact import flow_map
 from ddistill.methods import KD
 from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import guided, retime
-from ddistill.process import edm, flow
+from ddistill.process import edm, flow, ve, vp_cosine
 from ddistill.runs import Opened
 
 MIXTURE = Mixture.from_covariances(
@@ -107,7 +107,7 @@ def test_a_path_leads_from_the_noise_to_x_over_the_nodes(paths):
         np.testing.assert_allclose(solve(grid, path[:, k], paths["cond"]), path[:, k + 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("process", [edm(), flow()], ids=lambda p: type(p.schedule).__name__)
+@pytest.mark.parametrize("process", [edm(), flow(), vp_cosine(), ve()], ids=lambda p: type(p.schedule).__name__)
 def test_a_path_follows_the_exact_flow(process):
     teacher = as_teacher(MIXTURE, process)
     made = teacher_pairs(
@@ -118,6 +118,17 @@ def test_a_path_follows_the_exact_flow(process):
         exact = flow_map(teacher.bind(made["cond"]), process, made["path"][:, k], nodes[k], nodes[k + 1])
         error = np.abs(made["path"][:, k + 1] - exact) / float(np.hypot(*map(float, _scales(process, nodes[k + 1]))))
         assert error.max() < 5e-3, (k, error.max())
+
+
+@pytest.mark.parametrize("process", [edm(), vp_cosine(), ve()], ids=lambda p: type(p.schedule).__name__)
+@pytest.mark.parametrize(("steps", "points"), [(22, 8), (7, 4), (3, 5), (64, 2)])
+def test_the_grids_of_a_path_follow_each_other_downwards_over_its_nodes(process, steps, points):
+    segments = np.concatenate([part[:, [0, -1]] for part in _segments(process, steps, points)])
+    np.testing.assert_array_equal(segments.ravel()[::2], grids.karras(process, points)[:-1])
+    np.testing.assert_array_equal(segments[1:, 0], segments[:-1, 1])
+    assert segments[-1, 1] == 0
+    for part in _segments(process, steps, points):
+        assert np.all(np.diff(part, axis=1) < 0)
 
 
 def _scales(process, t):

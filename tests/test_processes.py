@@ -193,6 +193,10 @@ ALONE = {"JAX_PLATFORMS": "cpu"}
         ({**SLURM, "CUDA_VISIBLE_DEVICES": "3"}, Cluster("SLURM", "gpu007:62344", 8, 5)),  # srun bound it to one
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, Cluster("SLURM", "gpu007:62344", 8, 5)),  # all GPUs
         ({**SLURM, "SLURM_STEP_NODELIST": "a-1,b2", "SLURM_STEP_ID": "2"}, Cluster("SLURM", "a-1:62538", 8, 5, [1])),
+        (
+            {**SLURM, "SLURM_STEP_NODELIST": "x[10,12]c0s[0-3]b0n0,z", "SLURM_STEP_ID": "2"},
+            Cluster("SLURM", "x10c0s0b0n0:62538", 8, 5, [1]),
+        ),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),  # an interactive shell
         ({k: v for k, v in SLURM.items() if "STEP" not in k} | {"SLURM_NTASKS": "8"}, None),  # a batch script
         ({**MPI, **URI}, Cluster("Open MPI", "10.96.0.1:62624", 4, 3, [1])),

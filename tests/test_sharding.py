@@ -1,5 +1,7 @@
 """How arrays lie on a mesh, that states are made in parts, and that the mesh changes nothing of what is learned."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,25 @@ def test_a_layout_that_fits_nothing_is_told():
         sharding.make_mesh(4, 3)
     with pytest.raises(ValueError, match="fsdp = 3 must divide the number of devices, 8"):
         sharding.make_mesh(3)
+
+
+class Chip(NamedTuple):
+    """What a mesh asks a device."""
+
+    process_index: int
+    id: int
+
+
+def test_a_mesh_has_the_devices_of_one_process_after_those_of_another():
+    # As libtpu orders a slice for its wires: the processes 0 0 1 1 0 0 1 1.
+    there = [Chip(p, i) for i, p in enumerate((0, 0, 1, 1, 0, 0, 1, 1))]
+    for fsdp, tensor in ((1, 1), (2, 1), (8, 1), (2, 2), (2, 4)):
+        ordered = sharding.mesh_over(there, fsdp, tensor).devices
+        assert [d.id for d in ordered.flat] == [0, 1, 4, 5, 2, 3, 6, 7] and ordered.shape[1:] == (fsdp, tensor)
+    with pytest.raises(ValueError, match="tensor = 8 devices .* must be of one process, which has 4: take a divisor"):
+        sharding.mesh_over(there, 1, 8)
+    assert list(sharding.make_mesh(2, 2).devices.flat) == jax.devices()
+    assert sharding.make_mesh(1, 8).devices.shape == (1, 1, 8)
 
 
 def test_batches_are_split_over_data_and_fsdp_alone():

@@ -337,6 +337,11 @@ def export(command: Export) -> None:
     experiment, student = opened.experiment, opened.student
     made, network = experiment.method(experiment.process), experiment.network
     sampling, process = sampling_of(made), home(made, experiment.process)
+    if command.guidance is not None and sampling.guidance is None:
+        raise ValueError(
+            f"--guidance {command.guidance:g}: this student's guidance is built in; only students of `guidance` or "
+            "`lcm` take a scale"
+        )
     held = network.guidance if isinstance(network, Imported) else None  # the network still reads it
     guidance = next((w for w in (command.guidance, sampling.guidance, held) if w is not None), None)
     options: dict[str, Any] = {

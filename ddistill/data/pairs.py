@@ -210,6 +210,11 @@ def _segments(process: Process, steps: int, points: int) -> list[np.ndarray]:
     if points < 2:
         return [grids.karras(process, steps)[None]]
     coarse = grids.karras(process, points)
+    if process.t_min == 0:  # the ramp itself ends at the data
+        each = max(1, -(-steps // points))
+        fine = grids.karras(process, points * each)
+        fine[::each] = coarse
+        return [fine[np.arange(points)[:, None] * each + np.arange(each + 1)]]
     each = max(1, -(-(steps - 1) // (points - 1)))
     # Without its last node, 0, Karras' grid of (points − 1) each + 1 intervals subdivides that of `points`.
     fine = grids.karras(process, (points - 1) * each + 1)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddistill import storage
 from ddistill.overrides import differences
 
 MANIFEST = "manifest.json"
@@ -109,8 +110,14 @@ def write_records(
     larger count adds to the folder. made: JSON that tells apart what must not be mixed. part: (p, P) makes the shards
     p, p + P, …; by default those of this process among all, which then wait for each other and must share the folder.
     report: called with the items of this part that are done, and with their number.
-    Raises ValueError where the folder holds other records or other things, OSError where it cannot be written.
+    Raises ValueError where the folder holds other records or other things, and for one in a bucket, of which shards
+    cannot be mapped; OSError where it cannot be written.
     """
+    if storage.remote(folder):
+        raise ValueError(
+            f"{kind.noun} are mapped from a disk, and {folder} is a bucket: write them to a folder that all processes "
+            "share, and copy it"
+        )
     index, parts = part or (jax.process_index(), jax.process_count())
     try:
         _claim(folder, kind, {"kind": kind.name, "count": count, "shard_size": shard_size, "made": dict(made)})

@@ -156,6 +156,10 @@ def without_inputs(
         )
     if "guidance" in learned and guidance is not None:
         fold(module.guidance(jnp.full(1, guidance, jnp.float32)))
+    elif "guidance" in learned and not drop:
+        raise ValueError(
+            "this student reads a guidance scale, which diffusers' networks do not: say at which, guidance="
+        )
     return {path: jnp.zeros_like(p) if path.startswith(OURS) else p for path, p in params.items()}
 
 
@@ -423,7 +427,7 @@ def _guidance(student: Net, scale: float | None) -> str:
     without = "sample without classifier-free guidance (`guidance_scale=1`)"
     if scale is None:
         return f"what was distilled is in the weights; {without}."
-    if any(path.startswith("guidance.") for path in student.params):
+    if any(path.startswith("guidance.") and np.any(np.asarray(p)) for path, p in student.params.items()):
         return f"a scale of {scale:g} is in the weights; {without}."
     return f"the network reads its scale: `guidance_scale={scale:g}`."
 

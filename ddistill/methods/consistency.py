@@ -83,15 +83,20 @@ def doubled(progress: Progress, first: int, last: int) -> Array:
 def node(process: Process, i: Array, n: Array, rho: float = 7.0) -> Array:
     """Node i of n + 1, from t_max at 0 over t_min at n − 1 to 0 at n; i may lie between (Karras et al. 2022, eq. 5).
 
-    Beyond n − 1 it stays at t_min until n. With n = 1 the ramp from t_max to t_min ends where 0 is.
+    Beyond n − 1 it stays at t_min until n. With n = 1, and where t_min is 0 itself, the ramp ends at n.
     """
-    return jnp.where(i >= n, 0.0, karras_time(process, i / jnp.maximum(n - 1, 1), rho))
+    return jnp.where(i >= n, 0.0, karras_time(process, i / _ramp(process, n), rho))
+
+
+def _ramp(process: Process, n: Array) -> Array:
+    """How many of n intervals lie between t_max and t_min: all but that from t_min to 0, if there is one."""
+    return jnp.maximum(n - (process.t_min > 0), 1)
 
 
 def position(process: Process, t: Array, n: Array, rho: float = 7.0) -> Array:
     """The i in [0, n] for which `node` i of n + 1 is t; n for times below t_min, but for rounding."""
     high, low = bounded_rho(process, jnp.asarray([process.t_max, process.t_min])) ** (1 / rho)
-    i = jnp.maximum(n - 1, 1) * (high - bounded_rho(process, t) ** (1 / rho)) / (high - low)
+    i = _ramp(process, n) * (high - bounded_rho(process, t) ** (1 / rho)) / (high - low)
     return jnp.where(t < 0.99 * process.t_min, n, jnp.clip(i, 0, n))
 
 

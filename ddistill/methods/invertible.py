@@ -23,10 +23,10 @@ from ddistill.process import Process, expand
 
 
 class Phase(NamedTuple):
-    """A phase of time for each sample, all [B]: its ends, its intervals, and whether it is the lowest, at the data.
+    """A phase of time for each sample, all [B]: its ends, its intervals, and whether it ends at t_min above the data.
 
-    The lowest lands at 0 on the way down and starts at t_min, taken for the data, on the way up: no jump starts at
-    σ = 0.
+    Such a lowest phase lands at 0 on the way down and starts at t_min, taken for the data, on the way up: no jump
+    starts at σ = 0.
     """
 
     lower: Array
@@ -133,7 +133,7 @@ class Invertible:
         which = jax.random.randint(k_count, (n,), 0, len(self.phases))
         count = jnp.asarray(self.phases)[which]
         m = jnp.floor(jax.random.uniform(k_phase, (n,)) * count).astype(int)
-        lowest = m == count - 1
+        lowest = (m == count - 1) & (process.t_min > 0)
         lower = jnp.where(lowest, process.t_min, edges[which, m + 1])
         return Phase(lower, edges[which, m], jnp.maximum(2, self.intervals // count), lowest)
 

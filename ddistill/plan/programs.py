@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ddistill import sharding
 from ddistill.config import Experiment
@@ -70,9 +70,8 @@ def turns(method: Method) -> dict[tuple[str, ...], float]:
 
 
 def mesh_of(devices: list[Any], experiment: Experiment) -> Mesh:
-    """The mesh of a run on these devices, which need not be here. Raises ValueError as `sharding.abstract_mesh`."""
-    sizes = sharding.abstract_mesh(len(devices), experiment.fsdp, experiment.tensor).shape
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
+    """The mesh of a run on these devices, which need not be here. Raises ValueError as `sharding.mesh_over`."""
+    return sharding.mesh_over(devices, experiment.fsdp, experiment.tensor)
 
 
 def placed(tree: PyTree, mesh: Mesh | AbstractMesh | None, rule: sharding.Rule | None) -> PyTree:

@@ -17,7 +17,8 @@ from ddistill.plan.roofline import average, roofline
 FSDP = (1, 2, 4, 8, 16, 32)
 """Parts of more are below the tiles of a TPU's memory for widths as common as 1152; the compiler then sums in place of
 gathering."""
-TENSOR = (1, 2, 4, 8)
+TENSOR = (1, 2, 4)
+"""The chips of one host are four or more, and those that work on the same samples must be one host's."""
 REMAT = (False, "dots", True)
 """Of an imported network's blocks the backward pass computes nothing anew, all but products by weights, or all."""
 
