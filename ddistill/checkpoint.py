@@ -181,9 +181,14 @@ class Checkpoints:
         where = self.directory / str(step)
         self._begun = True
         if self._staged:
-            named = {name: _whole(leaf) for name, leaf in named.items()}
+            gathered = {}
+            for name, leaf in named.items():  # one at a time, so that the other hosts never hold all
+                whole = _whole(leaf)
+                if hosts.first():
+                    gathered[name] = whole
             if not hosts.first():
                 return
+            named = gathered
             where = Path(tempfile.mkdtemp(prefix="ddistill-")) / str(step)
         self._orbax.save(where, args=ocp.args.StandardSave(named), force=True)
         self._saving = self._thread.submit(self._finish, step, where)

@@ -125,15 +125,17 @@ def test_the_target_is_the_average_where_one_is_asked_for():
     assert config(edm()).ema["target"] == ("student", 0.95)
 
 
-def test_the_weight_is_one_over_the_interval():
+@pytest.mark.parametrize("process", [edm(), vp()], ids=lambda p: type(p.schedule).__name__)
+def test_the_weight_is_one_over_the_interval(process):
     def constant(weighted):
         config = dataclasses.replace(SIMPLE, weighted=weighted, solver=lambda d, p, nodes, x: Solution(0 * x, 1))
         unit = Net({}, {}, lambda p, r, x, t, c, **k: jnp.sign(jnp.abs(x).sum(1, keepdims=True)) * jnp.ones_like(x))
-        return loss_of(config, edm(), unit, batch=8192)
+        return loss_of(config, process, unit, batch=8192)
 
-    nodes = np.asarray(grids.karras(edm(), 18))
+    nodes = np.asarray(grids.karras(process, 18))
+    rho = np.asarray(process.sigma(nodes) / process.alpha(nodes))
     np.testing.assert_allclose(constant(False), 1, rtol=1e-6)
-    np.testing.assert_allclose(constant(True), np.mean(1 / -np.diff(nodes)), rtol=0.1)
+    np.testing.assert_allclose(constant(True), np.mean(1 / -np.diff(rho)), rtol=0.1)
 
 
 def test_nodes_are_karras_grid_and_n_doubles_on_schedule():

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddistill import grids, process
 from ddistill import integrators as I
+from ddistill.integrators.multistep import ancestral, steps_of
 from ddistill.process import expand
 
 DETERMINISTIC = {
@@ -504,3 +505,10 @@ def test_denoiser_may_be_an_argument_of_jit_and_is_differentiable(x64):
 
     expected = (product(0.7 + 1e-6) - product(0.7 - 1e-6)) / 2e-6
     np.testing.assert_allclose(slope_of(net, jnp.ones((1, 1))).args[0], expected, rtol=1e-7)
+
+
+def test_the_variance_between_the_posteriors_and_the_forward_ones_is_their_geometric_mean(x64):
+    st = steps_of(process.vp(), jnp.asarray([1.0, 0.6, 0.2, 0.05]))
+    small, middle, large = (ancestral(st, v).c for v in (0.0, 0.5, 1.0))
+    np.testing.assert_allclose(middle**2, small * large, rtol=1e-10)  # β̃^{1−v} β^v (Nichol & Dhariwal 2021, eq. 15)
+    assert np.all(small < large)

@@ -109,9 +109,10 @@ def test_the_teachers_solver_is_followed_both_ways():
     assert np.all(by_heun < 0.02) and np.all(by_heun < by_euler / 8), (by_heun, by_euler)
 
 
-def test_preservation_of_linear_students_is_worked_by_hand():
+@pytest.mark.parametrize("process", [edm(), flow()], ids=lambda p: type(p.schedule).__name__)
+def test_preservation_of_linear_students_is_worked_by_hand(process):
     # One phase, reverse x -> b x and forward x -> a x. At either end E (a b z − z)²/scale² = (a b − 1)².
-    process, config = edm(), dataclasses.replace(LINEAR, phases=(1,), solver=exact_solver(1.0))
+    config = dataclasses.replace(LINEAR, phases=(1,), solver=exact_solver(1.0))
     x = C * jax.random.normal(jax.random.key(0), (65_536, 2))
 
     def preserve(way, a, b):

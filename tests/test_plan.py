@@ -453,6 +453,13 @@ def test_a_plan_counts_every_turn_as_often_as_it_comes(tmp_path):
     assert made.seconds() == pytest.approx((teacher.time.seconds + student.time.seconds) / 2)
     assert made.cost(2.0) == pytest.approx(1e6 / 64 * made.seconds() * 8 * 2 / 3600)
     assert all(0 < row.mfu <= 1 and row.compiled is None for row in made.rows)
+    assert not made.notes
+    file = tmp_path / "small.py"
+    file.write_text(file.read_text().replace("digits_dmd", "digits_kd"))
+    (note,) = make(
+        file, ["--method.steps", "1", "--method.pairs", "0", "--method.teacher-steps", "40"], pod("h100:8")
+    ).notes
+    assert "what makes the pairs of " in note and "40 steps of the teacher for each batch" in note
     method = load_experiment(EXPERIMENTS / "published" / "imagenet256_dit_dmd.py")
     assert sum(turns(method.method(method.process)).values()) == pytest.approx(1)
 

@@ -1,6 +1,6 @@
 """How arrays lie on a mesh, that states are made in parts, and that the mesh changes nothing of what is learned."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,8 @@ def test_a_layout_that_fits_nothing_is_told():
         sharding.make_mesh(3)
 
 
-class Chip(NamedTuple):
+@dataclass(frozen=True)
+class Chip:
     """What a mesh asks a device."""
 
     process_index: int

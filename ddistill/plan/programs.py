@@ -54,6 +54,12 @@ def programs(
     built, notes = build(experiment, mesh=mesh, once=mesh is None)
     found = []
     for part in built:
+        pairs = part.stage.method.pairs
+        if pairs is not None and not pairs.count:
+            notes.append(
+                f"what makes the pairs of {part.stage.name}, {pairs.steps} steps of the teacher for each batch, "
+                "which may take most of its time"
+            )
         for turn, share in turns(part.stage.method).items():
             found.append(
                 Program(part.stage.name, turn, part.stage.steps, share, experiment.batch_size, _step(part, turn, mesh))
