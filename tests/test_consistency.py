@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddistill import grids
-from ddistill.integrators import Solution, ddim, euler, heun
+from ddistill.integrators import Solution, ddim, deis, dpmpp_2m, dpmpp_3m, dpmpp_3s, euler, heun
 from ddistill.losses.distances import L1, L2, Perceptual, PseudoHuber
 from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
@@ -164,6 +164,16 @@ def test_where_noise_is_left_at_the_data_the_last_interval_has_a_length():
     np.testing.assert_allclose(position(process, times, 10), i, atol=2e-3)
     config = Consistency(intervals=10, max_intervals=10, solver=exact_solver(process))
     assert 0 <= loss_of(config, process, exact_student(process)) < 1e-2  # 1/(ρ_t − ρ_s) of an empty one is NaN
+
+
+@pytest.mark.parametrize("solver", [dpmpp_2m, dpmpp_3m, deis])
+def test_multistep_solvers_take_several_steps_in_the_last_interval_too(solver):
+    config = dataclasses.replace(SIMPLE, solver=solver, solver_steps=4, between=True, intervals=6, max_intervals=6)
+    single = dataclasses.replace(config, solver=dpmpp_3s)
+    loss = loss_of(config, edm(), exact_student(edm()))
+    assert 0 <= loss < 1e-3 and float(loss) == pytest.approx(
+        float(loss_of(single, edm(), exact_student(edm()))), abs=1e-3
+    )
 
 
 def by_velocity(velocity, process):

@@ -512,3 +512,22 @@ def test_the_variance_between_the_posteriors_and_the_forward_ones_is_their_geome
     small, middle, large = (ancestral(st, v).c for v in (0.0, 0.5, 1.0))
     np.testing.assert_allclose(middle**2, small * large, rtol=1e-10)  # β̃^{1−v} β^v (Nichol & Dhariwal 2021, eq. 15)
     assert np.all(small < large)
+
+
+@pytest.mark.parametrize(
+    "integrator",
+    [
+        I.ddim, I.dpmpp_3s,
+        *(functools.partial(f, lower_order_final=False) for f in (I.dpmpp_2m, I.dpmpp_3m, I.deis, I.unip)),
+    ],
+    ids=["ddim", "3s", "2m", "3m", "deis", "unip"],
+)  # fmt: skip
+def test_equal_nodes_are_no_step_after_which_a_method_begins_anew(integrator, x64):
+    def denoise(x, t):
+        return 0.3 * jnp.sin(x) / (1 + expand(t, x))
+
+    solve = jax.jit(lambda grid, x: integrator(denoise, process.edm(), grid, x).x)
+    x = 3 * jax.random.normal(jax.random.key(0), (5, 2))
+    above, below = jnp.asarray([9.0, 6.0, 4.0, 2.5]), jnp.asarray([2.5, 1.5, 0.8, 0.3])
+    whole = solve(jnp.concatenate([above, below]), x)
+    np.testing.assert_allclose(whole, solve(below, solve(above, x)), rtol=1e-8)

@@ -12,7 +12,8 @@ estimate enters as x̂0 in every method, so that a start at α = 0 is finite.
 All functions share the contract `f(denoise, process, grid, x, key=None, **options) -> Solution`: x [B, ...] lies at
 grid[0]; grid [N + 1] or [N + 1, B] is monotone within [0, t_max]. Deterministic methods run in either direction.
 They raise ValueError for an invalid grid, and where noise is drawn for an ascending grid or a missing key. Traced
-grids are not checked: their nodes must differ, except for first-order methods, to which equal nodes are no step.
+grids are not checked. Equal nodes are no step there, after which a method begins anew; UniPC's corrector alone needs
+nodes that differ.
 """
 
 import math
@@ -291,12 +292,21 @@ def _past(values: Array, j: int) -> Array:
 
 
 def _orders(u: Array, order: int, lower_order_final: bool) -> Array:
-    """Order of each step [N, ...]: as many values as there are with finite u, one if it ends at infinite u."""
+    """Order of each step [N, ...]: as many values as there are with finite u, one if it ends at infinite u.
+
+    Values count back to the last step without length; such a step is of first order.
+    """
     n = len(u) - 1
     known = np.arange(1, n + 1).reshape((n,) + (1,) * (u.ndim - 1))
     most = np.minimum(order, known[::-1]) if lower_order_final else order
-    orders = jnp.minimum(most, known - jnp.isinf(u[0]))
-    return jnp.maximum(jnp.where(jnp.isinf(u[1:]), 1, orders), 1)
+    moves = u[1:] != u[:-1]
+    since = jnp.ones(moves.shape, int)
+    apart = jnp.ones(moves.shape, bool)
+    for j in range(1, order):
+        apart &= _past(moves, j)
+        since += apart
+    orders = jnp.minimum(jnp.minimum(most, known - jnp.isinf(u[0])), since)
+    return jnp.maximum(jnp.where(jnp.isinf(u[1:]) | ~moves, 1, orders), 1)
 
 
 def _by_order(orders: Array, weights: list) -> list[Array]:

@@ -43,7 +43,8 @@ class Progressive:
     student samples with stop, 2 stop, … `serves` steps. last: the last two rounds train this many times as long as the
     others (2 in Song et al. 2023, app. C), which takes a compilation more. stochastic: half of the steps that can begin
     half a step lower, between the nodes, from where the sampler of Meng et al. 2023, sec. 3.2 takes them:
-    `sample(…, overshoot=1)` of N steps jumps as far as one of N/2.
+    `sample(…, overshoot=1)` of N steps jumps as far as one of N/2. That sampler's last jump, one step of N, is what
+    `rehearsal` teaches, of N up to `serves`.
     """
 
     start: int = 16
