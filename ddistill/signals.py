@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+from ddistill.maintenance import noticed
+
 RESTART = 75
 """The exit status of a run that was preempted: EX_TEMPFAIL, "try again later"."""
 
@@ -65,8 +67,8 @@ class Stop:
 def on_signals() -> Iterator[Stop]:
     """A `Stop` that hears Ctrl-C and SIGTERM until the end of the block; a second one does not wait.
 
-    Where processes are connected JAX is told, so that all learn it. In a thread other than the main one nothing is
-    heard.
+    Where processes are connected JAX is told, so that all learn it. Maintenance of a machine of Google's is heard as
+    SIGTERM. In a thread other than the main one nothing is heard.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -91,6 +93,7 @@ def on_signals() -> Iterator[Stop]:
         tell = kept.enter_context(_handler_of_jax()) if _connected() else lambda number: None
         for number in (signal.SIGINT, signal.SIGTERM):
             kept.callback(signal.signal, number, signal.signal(number, hear))
+        kept.enter_context(noticed(lambda: os.kill(os.getpid(), signal.SIGTERM)))
         yield stop
 
 

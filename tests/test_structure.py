@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddistill"
 LINE = (
-    {"process", "version", "sharding", "overrides", "signals", "launchers", "goodput", "digests"},
+    {"process", "version", "sharding", "overrides", "maintenance", "launchers", "goodput", "digests"},
+    {"signals"},
     {"gathering", "hosts", "storage"},
     {"seals", "divergence"},
     {"checkpoint", "log"},
