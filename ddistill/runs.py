@@ -135,7 +135,10 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
         key = jax.random.fold_in(jax.random.key(e.seed), number)
         if not wanted.count:
             batches, mesh = data.source(e.batch_size, e.seed, 0.0), sharding.make_mesh(e.fsdp, e.tensor)
-            return fresh_pairs(teacher, process, key, batches, mesh, steps=wanted.steps, integrator=wanted.integrator)
+            return fresh_pairs(
+                teacher, process, key, batches, mesh, rule=sharding.rule_of(e.layout), steps=wanted.steps,
+                integrator=wanted.integrator,
+            )  # fmt: skip
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
             pairs = data.pairs.source(e.batch_size, e.seed)

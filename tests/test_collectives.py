@@ -1,11 +1,18 @@
 """What a step on eight devices sends: each parameter in parts gathered once per use, its gradient summed once."""
 
 import jax
+import numpy as np
 import pytest
-from meshed import ALL, DATA, DEPTH, FSDP, METHODS, trained
+from meshed import ALL, DATA, DEPTH, FSDP, METHODS, ONE, PROCESS, RULE, mesh, network, trained
 
+from ddistill.data.pairs import fresh_program
+from ddistill.gathering import Place
+from ddistill.grids import karras
+from ddistill.integrators import ddim
 from ddistill.plan import hlo
 from ddistill.plan.gathers import least
+from ddistill.sharding import put_batch as batch_on
+from ddistill.sharding import spread
 
 MODULATION = "transformer_blocks.stack.norm1.linear.kernel"
 
@@ -76,6 +83,25 @@ def test_dmd_gathers_each_kernel_of_a_block_once_for_each_network_and_gradient()
     assert outside["all-gather"].bytes <= 5 * sum(rest.values())
     adapted = sum(stack.values()) - stack[MODULATION]
     assert sums(made) <= 1.05 * (trained_bytes(made) + adapted)
+
+
+def test_pairs_are_made_by_gathering_each_kernel_once_a_call_and_sums_nothing():
+    over, net = mesh(FSDP), network(jax.random.key(0))
+    teacher = spread(over, net, RULE)
+    x, cond = (batch_on(over, a) for a in (np.zeros((16, 4, 4, 4), np.float32), np.arange(16, dtype=np.int32) % 4))
+    make = fresh_program(PROCESS, karras(PROCESS, 4), ddim, Place(over, RULE))
+    text = make.lower(teacher, jax.random.key(1), x, cond).compile().as_text()
+    found = hlo.collectives(hlo.parse(text))
+    assert set(found) <= {"all-gather", "all-to-all"}, found
+    stack = split(teacher.params, True)
+    assert 4 * sum(stack.values()) <= found["all-gather"].bytes <= 4.2 * sum(p.nbytes for p in net.params.values())
+    np.testing.assert_allclose(
+        make(teacher, jax.random.key(1), x, cond)["x"],
+        fresh_program(PROCESS, karras(PROCESS, 4), ddim, Place(mesh(ONE), RULE))(
+            spread(mesh(ONE), net, RULE), jax.random.key(1), np.asarray(x), np.asarray(cond)
+        )["x"],
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 from ddistill import grids, hosts
 from ddistill.data.arrays import Source
+from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_3m
-from ddistill.net import Net
+from ddistill.net import Net, laid_out
 from ddistill.process import Process
-from ddistill.sharding import batch_sharding, local_mesh, put_batch, replicated
+from ddistill.sharding import Rule, batch_sharding, local_mesh, put_batch, replicated
 
 Make = Callable[[int, int], dict[str, np.ndarray]]
 """(first, count) -> the pairs first, …, first + count − 1."""
@@ -151,6 +152,19 @@ def _make(
     return made | ({"path": jnp.concatenate(passed, axis=1)} if points else {})
 
 
+def fresh_program(process: Process, grid: np.ndarray, integrator: Callable, place: Place) -> Callable[..., Any]:
+    """The program of `fresh_pairs`: (teacher, key, an array [B, ...] like the samples, cond) -> pairs."""
+
+    @jax.jit
+    def make(teacher: Net, key: Array, like: Array, cond: Any) -> dict[str, Array]:
+        k_noise, k_steps = jax.random.split(key)
+        noise = place.batch(process.prior(k_noise, like.shape))
+        made = {"noise": noise, "x": integrator(laid_out(teacher, place).bind(cond), process, grid, noise, k_steps).x}
+        return jax.lax.with_sharding_constraint(made, batch_sharding(place.mesh))
+
+    return make
+
+
 def fresh_pairs(
     teacher: Net,
     process: Process,
@@ -158,23 +172,18 @@ def fresh_pairs(
     data: Source,
     mesh: Mesh,
     *,
+    rule: Rule = Rule(),  # noqa: B008
     steps: int = 64,
     integrator: Callable = dpmpp_3m,
 ) -> Source:
     """Batches of pairs that are made when they are asked for: noise and x, for the cond of a batch of data.
 
     Nothing is stored, so that conditions may be as large as prompts are, at the price of integrating the teacher for
-    each batch. The noise depends on the key and the step alone. Batches lie on the mesh, as the teacher does.
+    each batch. The noise depends on the key and the step alone. Batches lie on the mesh, as the teacher does by the
+    rule.
     """
     at_least_one(steps=steps)
-    grid = grids.karras(process, steps)
-
-    @jax.jit
-    def make(teacher: Net, key: Array, like: Array, cond: Any) -> dict[str, Array]:
-        k_noise, k_steps = jax.random.split(key)
-        noise = process.prior(k_noise, like.shape)
-        made = {"noise": noise, "x": integrator(teacher.bind(cond), process, grid, noise, k_steps).x}
-        return jax.lax.with_sharding_constraint(made, batch_sharding(mesh))
+    make = fresh_program(process, grids.karras(process, steps), integrator, Place(mesh, rule))
 
     def source(step: int) -> dict[str, Any]:
         batch = put_batch(mesh, {name: a for name, a in data(step).items() if name in ("x", "cond")})
