@@ -86,7 +86,7 @@ def test_dmd_gathers_each_kernel_of_a_block_once_for_each_network_and_gradient()
 
 
 def test_pairs_are_made_by_gathering_each_kernel_once_a_call_and_sums_nothing():
-    over, net = mesh(FSDP), network(jax.random.key(0))
+    over, net = mesh(FSDP), network(jax.random.key(0), width=64)
     teacher = spread(over, net, RULE)
     x, cond = (batch_on(over, a) for a in (np.zeros((16, 4, 4, 4), np.float32), np.arange(16, dtype=np.int32) % 4))
     make = fresh_program(PROCESS, karras(PROCESS, 4), ddim, Place(over, RULE))

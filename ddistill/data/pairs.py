@@ -158,7 +158,7 @@ def fresh_program(process: Process, grid: np.ndarray, integrator: Callable, plac
     @jax.jit
     def make(teacher: Net, key: Array, like: Array, cond: Any) -> dict[str, Array]:
         k_noise, k_steps = jax.random.split(key)
-        noise = place.batch(process.prior(k_noise, like.shape))
+        noise = process.prior(k_noise, like.shape)
         made = {"noise": noise, "x": integrator(laid_out(teacher, place).bind(cond), process, grid, noise, k_steps).x}
         return jax.lax.with_sharding_constraint(made, batch_sharding(place.mesh))
 
