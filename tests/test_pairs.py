@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,13 @@ def test_a_folder_of_another_kind_is_refused(stored, tmp_path):
             open_pairs(tmp_path)
     with pytest.raises(OSError, match="cannot write pairs to"):
         write(tmp_path / "thesis.txt" / "store")
+
+
+def test_a_bucket_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"pairs are mapped from a disk, and gs:/+bucket/pairs is a bucket"):
+        write_pairs(Path("gs://bucket/pairs"), TEACHER, edm(), jax.random.key(0), 4, (2,), num_classes=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_says_whether_it_fits(stored):
