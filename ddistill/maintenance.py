@@ -7,8 +7,6 @@ machine (cloud.google.com/tpu/docs/view-maintenance-notifications), up to seven 
 import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -73,6 +71,9 @@ def near(notice: Mapping[str, Any], now: float, lead: float) -> bool:
 
 def _answer(address: str) -> dict[str, Any]:
     """The notice, empty where there is none: the server then answers with an error's status."""
+    import urllib.error  # slow, and of use on few machines
+    import urllib.request
+
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:

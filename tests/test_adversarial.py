@@ -374,3 +374,18 @@ def test_samples_are_jumps_from_noised_data_at_the_times_of_the_sampler():
     seen.clear()
     one(P).losses["student"](nets, {"x": x}, Progress(0), jax.random.key(0))
     assert np.all(np.asarray(seen[0][1]) == 80)
+
+
+def test_at_the_first_time_the_student_sees_noise_alone():
+    process, seen = vp(), []
+
+    def student(params, rest, x, t, cond, *, s=None, key=None):
+        seen.append((x, t))
+        return 0 * x
+
+    batch = {"x": jnp.full((512, 2), 1e6)}  # of which α_T = .0066 would leave 6600
+    GAN(steps=4, first=0.5).fakes(process, {"student": Net({}, {}, student)}, batch, jax.random.key(0))
+    ((x, t),) = seen
+    first = np.asarray(t) == process.t_max
+    assert 200 < first.sum() < 312 and np.abs(x[first]).max() < 6 and np.abs(x[~first]).min() > 1e4
+    assert float(jnp.std(x[first])) == pytest.approx(float(process.sigma(process.t_max)), rel=0.1)

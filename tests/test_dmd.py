@@ -431,3 +431,25 @@ def test_methods_that_cannot_be_added_say_why():
             Together(DMD(), other)(EDM)
     with pytest.raises(ValueError, match="both methods bring teacher pairs"):
         Together(KD(pairs=10), KD(pairs=20))(EDM)
+
+
+def test_a_student_alone_is_updated_in_one_step_of_so_many_too():
+    method = DMD(MultiSample(), every=3)(EDM)
+    assert [method.turn(i) for i in range(4)] == [("student",), (), (), ("student",)]
+    method = dataclasses.replace(method, init={"student": lambda t, k, s: generator()})
+    trainer = make_trainer(method, {"student": optax.sgd(0.1)})
+    nets, state = prepare(trainer, gaussian(), gaussian(), KEY, Space((1,)))
+    before = float(state.params["student"]["mean"])
+    state, _ = trainer.step(state, nets, {"x": X}, ())
+    assert float(state.params["student"]["mean"]) == before
+    state, _ = trainer.step(state, nets, {"x": X}, ("student",))
+    assert float(state.params["student"]["mean"]) != before
+
+
+@pytest.mark.parametrize(("process", "t"), [(flow(), 0.99), (flow(), 0.01), (vp(), 0.003)])
+def test_renders_of_half_precision_have_the_gradient_of_their_numbers(process, t):
+    x = (0.5 * jax.random.normal(KEY, (64, 1))).astype(jnp.bfloat16)
+    noise = jax.random.normal(jax.random.key(1), x.shape)
+    got = sds_gradient(gaussian(process), process, x, t, noise)
+    expected = sds_gradient(gaussian(process), process, x.astype(jnp.float32), t, noise)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -91,11 +91,10 @@ def test_what_was_near_already_ends_no_run_that_is_begun_again(server):
         wait(lambda: left)
 
 
-def test_where_nobody_answers_nobody_is_asked_again(server):
+def test_where_nobody_answers_nobody_is_asked_again():
     def watching():
         return [thread for thread in threading.enumerate() if thread.name == "maintenance"]
 
-    server.server_close()
     with noticed(pytest.fail, address="http://127.0.0.1:9/", every=0.01):
         wait(lambda: not watching())
     with noticed(pytest.fail):  # no machine of Google's

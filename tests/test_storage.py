@@ -180,7 +180,13 @@ def test_a_log_that_cannot_be_copied_stays_on_disk_and_is_told_of(bucket):
     assert bucket.store["/bucket/run/notes.txt"].getvalue() == b"before\nafter\n"
     assert not local.exists()
     assert list(bucket.store) == ["/bucket/run/notes.txt"]
-    for name in storage.CONTINUED:  # a later start goes on with all that the first one wrote
+    for name in (
+        "metrics.jsonl",
+        "notes.txt",
+        "log.txt",
+        "wandb.txt",
+        "previews/numbers.jsonl",
+    ):  # a later start goes on with all that the first one wrote
         for start in ("one\n", "two\n"):
             with storage.mirrored(target, every=60) as local:
                 (local / name).parent.mkdir(parents=True, exist_ok=True)

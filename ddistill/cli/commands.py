@@ -109,7 +109,7 @@ def quickstart(command: Quickstart, flags: Sequence[str], stop: Stop) -> None:
     opened = open_run(out)
     digits = digits_of(opened)
     plan = samplers_of(opened, (1, 2, 4))
-    judge_digits(digits, opened, plan, json=out / "metrics.json", run=out)
+    judge_digits(digits, opened, plan, out, json=out / "metrics.json")
     sheet = judged.sheet(digits, opened.experiment.process, plan)
     if not hosts.first():
         return

@@ -46,8 +46,8 @@ def evaluate(command: Evaluate) -> None:
             raise ValueError(f"--{flag} is of metrics by networks: give --features NETWORK=FILE as well")
     plan = samplers_of(opened, steps_of(opened, command.steps))
     judge_digits(
-        digits, opened, plan, json=command.json, csv=command.csv, likelihood=command.likelihood, count=command.samples,
-        seed=command.seed, run=command.run, out=command.out, flags=words_of(command, UNJUDGED),
+        digits, opened, plan, command.run, json=command.json, csv=command.csv, likelihood=command.likelihood,
+        count=command.samples, seed=command.seed, out=command.out, flags=words_of(command, UNJUDGED),
     )  # fmt: skip
 
 
@@ -114,13 +114,13 @@ def judge_digits(
     digits: Digits,
     opened: Opened,
     plan: Sequence[Sampler],
+    run: Path,
     *,
     json: Path | None = None,
     csv: Path | None = None,
     likelihood: bool = False,
     count: int | None = None,
     seed: int = 0,
-    run: Path | None = None,
     out: Path | None = None,
     flags: Sequence[str] = (),
 ) -> None:
@@ -142,8 +142,8 @@ def judge_digits(
     if count is not None:
         options["count"] = count
     rows: list[Row] = []
-    made = {} if run is None else by_pixels(run)
-    if out is not None and run is not None:
+    made = by_pixels(run)
+    if out is not None:
         rows = kept_rows(out, {**made, **options, "likelihood": likelihood})
         options["have"] = {(row["sampler"], row["steps"]) for row in rows}
 
