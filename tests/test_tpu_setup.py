@@ -452,4 +452,4 @@ def test_ddistill_takes_what_the_page_for_pods_types(monkeypatch):
         assert cli.main(words[1:]) == 0, words
     assert [flags for _, flags in seen] == [[]] * len(mine)  # no flag is left for the experiment
     assert {"Plan", "Import", "Encode", "Distill", "Sample", "Export"} == {name for name, _ in seen}
-    assert {words[0] for words in typed()} == {"bash", "ddistill", "gcloud", "mkdir", "pip", "tensorboard"}
+    assert {words[0] for words in typed()} == {"bash", "ddistill", "gcloud", "kubectl", "mkdir", "pip", "tensorboard"}
