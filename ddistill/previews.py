@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh
 
 from ddistill.config import Data
 from ddistill.evaluate import frechet
 from ddistill.evaluate.samplers import Draw, Sampler, across, start, student_solver, teacher_solver
+from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_2m
 from ddistill.log import Log
-from ddistill.net import Net
+from ddistill.net import Net, laid_out
 from ddistill.process import Process
 from ddistill.report import image_grid
 from ddistill.stages import Look, Stage
@@ -31,11 +31,18 @@ WIDEST = 1024
 
 
 def looks_of(
-    data: Data, process: Process, stages: Sequence[Stage], mesh: Mesh, log: Log, count: int, batch_size: int, seed: int
+    data: Data,
+    process: Process,
+    stages: Sequence[Stage],
+    place: Place,
+    log: Log,
+    count: int,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Look]:
     """What looks at the network of each stage, by its name; the first is the teacher's if it is called so.
 
-    process: the first teacher's. mesh: where the networks lie. count: samples that are measured, of which the first 36
+    process: the first teacher's. place: where the networks lie. count: samples that are measured, of which the first 36
     are shown. A student is drawn with 1 and 4 steps where it serves them, a teacher with 8 of DPM-Solver++(2M).
     Raises ValueError for a count below 2.
     """
@@ -62,7 +69,7 @@ def looks_of(
             numbers: dict[str, float] = {}
             pictures: dict[str, np.ndarray] = {}
             for steps, draw in draws.items():
-                sampler = across(Sampler("preview", partial(draw, net), steps), mesh)
+                sampler = across(Sampler("preview", partial(draw, laid_out(net, place)), steps), place.mesh)
                 x = drawn(sampler, noise, cond, key, batch_size)
                 name = f"{steps}-step{'s' * (steps > 1)}"
                 numbers |= {f"{measure}/{name}": value for measure, value in measured(x, real["x"]).items()}

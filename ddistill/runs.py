@@ -23,9 +23,10 @@ from ddistill.config import Data, Experiment, Imported, PairsData, resolved
 from ddistill.data import Source
 from ddistill.data.loading import part_of
 from ddistill.data.pairs import fresh_pairs, teacher_pairs
+from ddistill.gathering import Place
 from ddistill.log import Log, RunLog
 from ddistill.methods.base import Pairs, sampling_of
-from ddistill.net import Net, guided
+from ddistill.net import Net, guided, laid_out
 from ddistill.overrides import describe, differences, override
 from ddistill.previews import looks_of
 from ddistill.process import Process
@@ -243,7 +244,10 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 "Start it again with the same command to finish it"
             )
     fitting = _fitting(experiment)
-    return Opened(fitting, data, *_run(fitting, data, plan, workdir, None, None, None))
+    nets = _run(fitting, data, plan, workdir, None, None, None)
+    mesh = sharding.make_mesh(fitting.fsdp, fitting.tensor)
+    place = Place(mesh, sharding.rule_of(fitting.layout)) if mesh.size > 1 else None
+    return Opened(fitting, data, *(laid_out(net, place) for net in nets))
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
@@ -281,12 +285,13 @@ def _run(
             mesh, lambda at: architecture.build(data, experiment.process, at), at, rule=rule
         )  # fmt: skip
     try:
+        looks = _looks(experiment, data, plan, Place(mesh, rule), log)
         results = run(
             plan, network, jax.random.fold_in(key, 1),
             mesh=mesh, rule=rule, log=log, workdir=workdir,
             log_every=experiment.log_every, checkpoint_every=experiment.checkpoint_every,
             steps_per_dispatch=experiment.steps_per_dispatch, divergence=experiment.divergence, profile=profile,
-            stop=stop, preview_every=experiment.preview_every, looks=_looks(experiment, data, plan, mesh, log),
+            stop=stop, preview_every=experiment.preview_every, looks=looks,
         )  # fmt: skip
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):
@@ -299,13 +304,13 @@ def _log_of(experiment: Experiment, folder: Path) -> RunLog:
 
 
 def _looks(
-    experiment: Experiment, data: Data, plan: list[Stage], mesh: jax.sharding.Mesh, log: Log | None
+    experiment: Experiment, data: Data, plan: list[Stage], place: Place, log: Log | None
 ) -> dict[str, Look] | None:
     """What shows the networks to the log while they train."""
     e = experiment
     if log is None or not e.preview_every:
         return None
-    return looks_of(data, e.process, plan, mesh, log, e.preview_samples, e.batch_size, e.seed)
+    return looks_of(data, e.process, plan, place, log, e.preview_samples, e.batch_size, e.seed)
 
 
 def _claim(

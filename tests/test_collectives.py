@@ -1,16 +1,24 @@
 """What a step on eight devices sends: each parameter in parts gathered once per use, its gradient summed once."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from meshed import ALL, DATA, DEPTH, FSDP, METHODS, ONE, PROCESS, RULE, mesh, network, trained
+from test_runs import TINY
 
+from ddistill.config import MLPNetwork
 from ddistill.data.pairs import fresh_program
+from ddistill.evaluate.samplers import start, student_solver
 from ddistill.gathering import Place
 from ddistill.grids import karras
 from ddistill.integrators import ddim
+from ddistill.log import Silent
+from ddistill.methods.base import home
 from ddistill.plan import hlo
 from ddistill.plan.gathers import least
+from ddistill.runs import distil, open_run
 from ddistill.sharding import put_batch as batch_on
 from ddistill.sharding import spread
 
@@ -102,6 +110,23 @@ def test_pairs_are_made_by_gathering_each_kernel_once_a_call_and_sums_nothing():
         )["x"],
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
+
+
+def test_an_opened_run_samples_by_gathering_each_kernel(tmp_path):
+    """Once, before both steps. Left to itself XLA permutes the samples of this one, and gathers twice as often."""
+    wide = dataclasses.replace(
+        TINY, network=MLPNetwork(width=64, blocks=1), fsdp=8, layout={"blocks*.kernel": (None, "fsdp")}
+    )
+    distil(wide, tmp_path, Silent())
+    opened = open_run(tmp_path, wide)
+    made = wide.method(wide.process)
+    draw = student_solver(made, wide.process, home(made, wide.process), 2)
+    noise, labels, key = start(wide.process, opened.data.shape, 2, 16, 0)
+    noise, labels = batch_on(mesh(FSDP), (noise, labels))
+    found = hlo.collectives(hlo.parse(draw.lower(opened.student, noise, labels, key).compile().as_text()))
+    kernels = [a for path, a in opened.student.params.items() if not a.sharding.is_fully_replicated]
+    assert len(kernels) == 3 and set(found) == {"all-gather"}
+    assert found["all-gather"].bytes == sum(kernel.nbytes for kernel in kernels)
 
 
 @pytest.mark.parametrize("name", METHODS)
