@@ -166,16 +166,21 @@ def leaving_lost_peers() -> Iterator[None]:
         os._exit(RESTART)
 
 
-def leave(stopped: KeyboardInterrupt) -> int:
-    """The exit status of a command that a signal has stopped: 75, or 130 for Ctrl-C.
+def joined() -> bool:
+    """Whether this process has joined others."""
+    jax = sys.modules.get("jax")  # Ctrl-C may have come before
+    return jax is not None and jax.distributed.is_initialized()
 
-    Where other processes may not have been told, this one ends here: Python's own end would wait for them, and they for
+
+def leave(why: BaseException, status: int) -> int:
+    """The exit status of a command that a signal or an error has ended.
+
+    Where it may be so in this process alone, it ends here: Python's own end would wait for the others, and they for
     this one. That they see it is gone ends them.
     """
-    status: int = getattr(stopped, "status", 130)
-    jax = sys.modules.get("jax")  # Ctrl-C may have come before
-    if jax is None or getattr(stopped, "together", False) or not jax.distributed.is_initialized():
+    if getattr(why, "together", False) or not joined():
         return status
+    jax = sys.modules["jax"]
 
     def disconnect() -> None:  # when all others do
         with contextlib.suppress(Exception):

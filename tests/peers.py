@@ -17,7 +17,7 @@ CUT = 25
 
 @dataclass(frozen=True)
 class Plane:
-    """64 points of a plane in two classes; the process whose number the environment says is told to leave meanwhile."""
+    """64 points of a plane in two classes; what the environment says of a process happens to it meanwhile."""
 
     def load(self):
         import jax
@@ -25,6 +25,8 @@ class Plane:
 
         from ddistill.config import Data
 
+        if os.environ.get("FAILS") == str(jax.process_index()):
+            raise ValueError("this host does not see the data")
         if os.environ.get("TOLD_TO_LEAVE") == str(jax.process_index()):
             os.kill(os.getpid(), signal.SIGTERM)
         x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) / 2
@@ -144,13 +146,13 @@ def preempted(folder: Path) -> None:
         )  # fmt: skip
 
 
-def told_to_leave(folder: Path) -> int:
-    """The status of a run of which process 1 is told to leave while it loads its data, and process 0 waits for it."""
+def one_leaves(folder: Path, why: str) -> int:
+    """The status of a run of which process 1 is told to leave, or fails, in loading data, while process 0 waits."""
     from ddistill.cli import main
     from ddistill.hosts import said_by_all
 
     said_by_all("")  # which connects them
-    os.environ["TOLD_TO_LEAVE"] = "1"
+    os.environ[why] = "1"
     return main(["distill", __file__, "--workdir", str(folder)])
 
 
@@ -205,8 +207,8 @@ def peer(folder: Path, processes: int, process: int, port: int, tasks: list[str]
         if task == "bucket":
             bucket(folder / task)
             continue
-        if task == "told":
-            sys.exit(told_to_leave(folder / task))
+        if task in ("TOLD_TO_LEAVE", "FAILS"):
+            sys.exit(one_leaves(folder / task, task))
         if task == "preempted":
             try:
                 preempted(folder / task)

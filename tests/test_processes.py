@@ -25,7 +25,7 @@ from ddistill.seals import is_sealed
 HERE = Path(__file__).parent
 
 
-def started(folder: Path, processes: int, *tasks: str, status: int = 0) -> list[str]:
+def started(folder: Path, processes: int, *tasks: str, status: int | tuple = 0) -> list[str]:
     """Let so many processes of two devices each do the tasks of peers.py; answers what each of them printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,7 +41,8 @@ def started(folder: Path, processes: int, *tasks: str, status: int = 0) -> list[
         for command in commands
     ]
     told = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [status] * processes, "\n\n".join(told)
+    statuses = list(status) if isinstance(status, tuple) else [status] * processes
+    assert [process.returncode for process in running] == statuses, "\n\n".join(told)
     return told
 
 
@@ -133,10 +134,17 @@ def test_one_process_that_is_preempted_lets_all_save_the_same_step_and_leave_wit
 
 
 def test_one_process_that_is_told_while_data_is_loaded_leaves_with_75_and_the_others_as_well(tmp_path):
-    first, second = started(tmp_path, 2, "told", status=75)
+    first, second = started(tmp_path, 2, "TOLD_TO_LEAVE", status=75)
     assert "stopped at once; what was saved before is there. The same command goes on" in second
     assert "another process of this run is gone" in first
-    assert not (tmp_path / "told" / "checkpoints").exists()
+    assert not (tmp_path / "TOLD_TO_LEAVE" / "checkpoints").exists()
+
+
+def test_one_process_that_fails_ends_with_its_words_and_status_and_lets_the_others_end(tmp_path):
+    """With 2, which no supervisor begins again; in JAX's own barrier all would end with 134, as if preempted."""
+    first, second = started(tmp_path, 2, "FAILS", status=(75, 2))
+    assert "ddistill: this host does not see the data" in second
+    assert "another process of this run is gone" in first
 
 
 def test_what_one_process_raises_all_raise_as_what_it_is(monkeypatch):

@@ -300,11 +300,11 @@ def test_a_process_that_leaves_alone_does_not_wait_for_others_and_one_that_leave
     monkeypatch.setattr(hosts, "PATIENCE", 0.1)
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: waited.append(others.wait(20)))  # they do not leave
-    assert hosts.leave(Stopped("told")) == 75 and not ended, "there are no others"
+    assert hosts.leave(Stopped("told"), 75) == 75 and not ended, "there are no others"
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert hosts.leave(Stopped("told", together=True)) == 75 and not ended
-    for stopped, status in ((Stopped("told"), 75), (KeyboardInterrupt(), 130)):
-        hosts.leave(stopped)
+    assert hosts.leave(Stopped("told", together=True), 75) == 75 and not ended
+    for why, status in ((Stopped("told"), 75), (KeyboardInterrupt(), 130), (ValueError("of this one"), 2)):
+        hosts.leave(why, status)
         assert ended.pop() == status and not ended and not waited
     others.set()
 

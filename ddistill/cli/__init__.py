@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
-from ddistill.hosts import Busy, join, leave, leaving_lost_peers
+from ddistill.hosts import Busy, join, joined, leave, leaving_lost_peers
 from ddistill.launchers import Peers
 from ddistill.signals import Stop, on_signals
 
@@ -430,15 +431,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as stopped:
         print(f"\nInterrupted{f': {stopped}' * bool(str(stopped))}. {_how_to_go_on(command)}", file=sys.stderr)
-        return leave(stopped)
+        return leave(stopped, getattr(stopped, "status", 130))
     except BrokenPipeError:  # the reader of a pipe has gone, as in `ddistill methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if debug or not _in_words(error):
+        worded = not debug and _in_words(error)
+        if not worded and not joined():
             raise
-        print(f"ddistill: {error}", file=sys.stderr)
-        return error.status if isinstance(error, Busy) else 2
+        print(f"ddistill: {error}" if worded else traceback.format_exc(), file=sys.stderr)
+        return leave(error, error.status if isinstance(error, Busy) else 2 if worded else 1)
 
 
 def _parse(argv: list[str]) -> tuple[Command, list[str]]:

@@ -64,7 +64,7 @@ def train(folder: Path, process: int, processes: int, port: int) -> None:
         with on_signals() as stop, leaving_lost_peers():
             result = distil(experiment, folder, stop=stop)
     except Stopped as stopped:
-        sys.exit(leave(stopped))
+        sys.exit(leave(stopped, stopped.status))
     leaves = jax.tree.leaves((result.teacher.params, result.student.params))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
     if first():
