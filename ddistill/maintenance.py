@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def noticed(
 
     Not for maintenance that was as near when the block began: a run that is begun again before its machine goes would
     leave at once, again and again. address: by default the metadata server's, and nothing is asked on machines that are
-    not Google's. every: seconds between questions, which a thread asks; where the first has no answer it asks no more.
+    not Google's. every: seconds between questions, which a thread asks; one without an answer tells nothing.
     """
     if address is None:
         if not (_MACHINE.is_file() and "Google" in _MACHINE.read_text(encoding="utf-8", errors="replace")):
@@ -37,16 +37,12 @@ def noticed(
     def ask() -> None:
         before: bool | None = None
         while not ended.is_set():
-            try:
+            with suppress(OSError, ValueError):  # the server may be slower to start than this machine
                 now = near(_answer(address), time.time(), lead)
-            except (OSError, ValueError):
-                if before is None:
+                if now and before is False:
+                    leave()
                     return
-                now = bool(before)
-            if now and before is False:
-                leave()
-                return
-            before = now
+                before = now
             ended.wait(every)
 
     thread = threading.Thread(target=ask, name="maintenance", daemon=True)
@@ -70,8 +66,12 @@ def near(notice: Mapping[str, Any], now: float, lead: float) -> bool:
 
 
 def _answer(address: str) -> dict[str, Any]:
-    """The notice, empty where there is none: the server then answers with an error's status."""
-    import urllib.error  # slow, and of use on few machines
+    """The notice, empty where there is none: the server then answers with an error's status.
+
+    Raises OSError where nobody answers, or what is no answer, and ValueError for one that is not JSON.
+    """
+    import http.client  # slow, and of use on few machines
+    import urllib.error
     import urllib.request
 
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
@@ -80,4 +80,6 @@ def _answer(address: str) -> dict[str, Any]:
             value = json.loads(answer.read())
     except urllib.error.HTTPError:
         return {}
+    except http.client.HTTPException as broken:
+        raise OSError(f"{address} does not speak HTTP: {broken!r}") from broken
     return value if isinstance(value, dict) else {}

@@ -74,11 +74,20 @@ def on_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    heard = False
+    heard = notice = False
+
+    def maintained() -> None:
+        nonlocal notice
+        notice = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def hear(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        again, heard = heard, True
+        nonlocal heard, notice
+        again, heard, notice = (
+            heard,
+            not notice,
+            False,
+        )  # the machine's own SIGTERM follows its notice, and is the first
         # Where another process was told before, this one is leaving with it.
         waits = tell is not None and (stop.watched or stop.signal is not None)
         stop.request(number)
@@ -93,7 +102,7 @@ def on_signals() -> Iterator[Stop]:
         tell = kept.enter_context(_handler_of_jax()) if _connected() else lambda number: None
         for number in (signal.SIGINT, signal.SIGTERM):
             kept.callback(signal.signal, number, signal.signal(number, hear))
-        kept.enter_context(noticed(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        kept.enter_context(noticed(maintained))
         yield stop
 
 

@@ -3,6 +3,7 @@
 import datetime
 import http.server
 import json
+import os
 import signal
 import threading
 import time
@@ -24,6 +25,9 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             made.asked.append(self.headers["Metadata-Flavor"])
+            if isinstance(made.notice, bytes):
+                self.wfile.write(made.notice)
+                return
             body = {"error": "no notifications have been received yet"} if made.notice is None else made.notice
             self.send_response(503 if made.notice is None else 200)
             self.end_headers()
@@ -91,14 +95,33 @@ def test_what_was_near_already_ends_no_run_that_is_begun_again(server):
         wait(lambda: left)
 
 
-def test_where_nobody_answers_nobody_is_asked_again():
-    def watching():
-        return [thread for thread in threading.enumerate() if thread.name == "maintenance"]
+def test_what_is_answered_late_or_brokenly_counts_as_not_asked(monkeypatch):
+    left, asked = [], []
+    answers = [OSError("not there yet"), LATER, ValueError("cut off"), ONGOING]
 
-    with noticed(pytest.fail, address="http://127.0.0.1:9/", every=0.01):
-        wait(lambda: not watching())
-    with noticed(pytest.fail):  # no machine of Google's
-        assert not watching()
+    def answer(address):
+        asked.append(address)
+        now = answers[min(len(asked), len(answers)) - 1]
+        if isinstance(now, Exception):
+            raise now
+        return now
+
+    monkeypatch.setattr(maintenance, "_answer", answer)
+    with noticed(lambda: left.append(len(asked)), address="of the server", every=0.001):
+        wait(lambda: left)
+    assert left == [len(answers)]
+
+
+def test_what_is_no_answer_is_told_apart_from_no_notice(server):
+    assert maintenance._answer(server.address) == {}
+    server.notice = b"no HTTP\n\n"
+    with pytest.raises(OSError, match="does not speak HTTP"):
+        maintenance._answer(server.address)
+
+
+def test_machines_that_are_not_googles_are_not_asked():
+    with noticed(pytest.fail):
+        assert not [thread for thread in threading.enumerate() if thread.name == "maintenance"]
 
 
 def test_a_training_hears_it_as_sigterm(server, tmp_path, monkeypatch):
@@ -113,3 +136,6 @@ def test_a_training_hears_it_as_sigterm(server, tmp_path, monkeypatch):
         server.notice = ONGOING
         wait(stop.now)
         assert stop.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # of the machine, which follows: not "at once"
+        with pytest.raises(signals.Stopped, match="at once"):
+            os.kill(os.getpid(), signal.SIGTERM)
