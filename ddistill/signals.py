@@ -83,11 +83,8 @@ def on_signals() -> Iterator[Stop]:
 
     def hear(number: int, frame: FrameType | None) -> None:
         nonlocal heard, notice
-        again, heard, notice = (
-            heard,
-            not notice,
-            False,
-        )  # the machine's own SIGTERM follows its notice, and is the first
+        # The machine's own SIGTERM follows its notice, and is the first signal.
+        again, heard, notice = heard, not notice, False
         # Where another process was told before, this one is leaving with it.
         waits = tell is not None and (stop.watched or stop.signal is not None)
         stop.request(number)

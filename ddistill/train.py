@@ -155,10 +155,13 @@ def make_trainer(
         for name, (source, decay) in method.ema.items():
             if source in turn:
                 kept = decay(progress) if callable(decay) else decay
-                ema[name] = optax.incremental_update(params[source], state.ema[name], 1 - kept)
+                new = optax.incremental_update(params[source], state.ema[name], 1 - kept)
+                ema[name] = _where(opt[source].last_finite, new, state.ema[name])
 
         seen = {**batch, **state.memory}
         memory = {n: m.update(state.memory[n], current, seen, progress, key) for n, m in method.memory.items()}
+        sound = jnp.all(jnp.asarray([opt[n].last_finite for n in turn], bool))
+        memory = _where(sound, memory, dict(state.memory))
         after = State(state.step + 1, state.key, params, opt, ema, memory)
         return after, metrics | {"skipped": after.skipped(), "failing": after.failing()}
 
@@ -187,6 +190,10 @@ def make_trainer(
         jax.jit(pinned, static_argnums=3, donate_argnums=0),
         jax.jit(several, static_argnums=3, donate_argnums=0),
     )  # fmt: skip
+
+
+def _where(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _gradient(loss, params, batch, key, parts):

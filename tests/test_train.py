@@ -186,15 +186,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
         return jnp.where(progress.step == 2, jnp.nan, 1.0) * value, info
 
     log = Silent()
-    m = method(loss, ema={"ema": ("student", 0.5)})
+    count = Memory(lambda nets, space: jnp.zeros(1), lambda value, nets, batch, progress, key: value + 1)
+    m = method(loss, ema={"ema": ("student", 0.5)}, memory={"count": count})
     trainer, nets, state = start(m, {"student": optax.adam(0.1)})
     states = []
     for i in range(4):
         state, metrics = trainer.step(state, nets, source(i), ("student",))
-        states.append(np.asarray(state.params["student"]["w"]))
+        kept = state.params["student"]["w"], state.ema["ema"]["w"], state.memory["count"]
+        states.append([np.asarray(a) for a in kept])
         log.metrics(i, metrics)
-    np.testing.assert_array_equal(states[2], states[1])
-    assert np.all(states[3] != states[2]) and np.all(np.isfinite(state.ema["ema"]["w"]))
+    for now, before, later in zip(states[2], states[1], states[3], strict=True):
+        np.testing.assert_array_equal(now, before)
+        assert np.all(later != now)
+    assert np.any(states[1][0] != states[1][1])  # the average lags, and would move without the gradient
     assert [row["skipped"] for row in log.rows] == [0, 0, 1, 1]
 
 
