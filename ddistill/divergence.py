@@ -30,8 +30,8 @@ class Divergence:
     reports on end of a loss whose magnitude is above g times the median of those before; 0 looks at no loss.
     action: "stop" raises DivergedError. "rollback" goes back to the last checkpoint, or to the stage's start where
     there is none, skips the batches that came since and draws other random numbers, at `rate` times the learning rate;
-    after `most` rollbacks of a stage it stops. While divergence is suspected no checkpoint is saved for it to go to.
-    Raises ValueError for numbers out of range.
+    after `most` rollbacks of a stage it stops. While divergence is suspected no checkpoint is saved for it to go to,
+    not by a run that is told to leave either. Raises ValueError for numbers out of range.
     """
 
     action: Literal["stop", "rollback"] = "stop"
@@ -56,14 +56,27 @@ class Divergence:
 
 
 class Watch:
-    """Looks at the metrics of a stage as they are reported. One for each start of a stage."""
+    """Looks at the metrics of a stage as they are reported. One for each start of a stage, at a step.
+
+    folder: where it keeps what it saw, beside the stage's checkpoints, since losses that a start finds large are so
+    beside those of the starts before. writes: whether this process does.
+    """
 
     LEAST = 5  # reports that make a median
 
-    def __init__(self, rule: Divergence, stage: str):
-        self.rule, self._stage = rule, stage
-        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
+    def __init__(self, rule: Divergence, stage: str, step: int = 0, folder: Path | None = None, writes: bool = True):
+        self.rule, self._stage, self._writes = rule, stage, writes
+        self._past: dict[str, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=50))
         self._large: dict[str, int] = defaultdict(int)
+        self._path = folder / "losses.json" if folder is not None and rule.growth else None
+        if self._path is not None and self._path.is_file():
+            for name, rows in json.loads(self._path.read_text(encoding="utf-8")).items():
+                self._past[name].extend((int(at), float(value)) for at, value in rows if at <= step)
+
+    def keep(self) -> None:
+        """Write what was seen, for a later start."""
+        if self._path is not None and self._writes:
+            storage.put(self._path, json.dumps({name: list(rows) for name, rows in self._past.items()}).encode())
 
     def see(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take note of a report. Raises DivergedError."""
@@ -78,7 +91,7 @@ class Watch:
         for name, value in _losses(metrics).items():
             if not self._is_large(name, value):
                 self._large[name] = 0
-                self._past[name].append(abs(value))
+                self._past[name].append((step, abs(value)))
                 continue
             self._large[name] += 1
             if self._large[name] >= self.rule.reports:
@@ -99,7 +112,7 @@ class Watch:
         return bool(known) and abs(value) > self.rule.growth * self._median(name)
 
     def _median(self, name: str) -> float:
-        return statistics.median(self._past[name])
+        return statistics.median(value for _, value in self._past[name])
 
 
 def _losses(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def fit(
     log: Log | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Stop | None = None,
-    divergence: Divergence | None = None,
+    watch: Watch | None = None,
     profile: Profile | None = None,
     clock: Clock | None = None,
     look: Callable[[int, State], None] | None = None,
@@ -105,13 +105,13 @@ def fit(
     Metrics are read one report late, and batches put on the devices ahead, so that the devices never wait for the host.
     look: is called with a step and its state as often as `pace` shows previews, and after the last step.
 
-    Raises DivergedError as `divergence` says, ValueError if a batch lacks what the method needs, and Stopped, once the
-    step is saved, where `stop` asks for it.
+    Raises DivergedError as `watch` says, ValueError if a batch lacks what the method needs, and Stopped, once the step
+    is saved, unless it may have diverged, where `stop` asks for it.
     """
     pace, clock = pace or Pace(), clock or Clock()
     log, stop = log or Silent(), stop or Stop()
-    profile, rule = profile or Profile(), divergence or Divergence()
-    watch = Watch(rule, stage)
+    profile, watch = profile or Profile(), watch or Watch(Divergence(), stage)
+    asked, kept = False, ""
     begin = done = clock.first = int(state.step)
     waiting: tuple[int, Metrics] | None = None
     flight: deque[Any] = deque()
@@ -173,9 +173,13 @@ def fit(
                     log.progress(done)
                 if checkpoints is not None and (ends or done % pace.checkpoint_every == 0 or checkpoints.failed()):
                     report()  # what a checkpoint has behind it is not told again
-                    if ends or rule.action == "stop" or watch.trusts(jax.device_get(metrics)):
+                    if done == steps or watch.rule.action == "stop" or watch.trusts(jax.device_get(metrics)):
                         with clock.of("checkpoints"):
                             checkpoints.save(done, state, wait=ends)
+                            watch.keep()
+                        kept = " and saved"
+                    else:
+                        kept = ", and not saved since it may diverge,"
                 if look is not None and look_every and not asked and (done % look_every == 0 or done == steps):
                     jax.block_until_ready(state)  # the time of steps that have not ended is not the preview's
                     with clock.of("previews"):
@@ -184,7 +188,6 @@ def fit(
                     break
         report()
         if asked or stop.signal is not None:  # which may have come while the last step was saved
-            kept = "" if checkpoints is None else " and saved"
             words = f"stage {stage!r} is stopped{kept} at step {done} of {steps}"
             raise Stopped(words, stop.signal, together=asked)
     finally:

@@ -13,7 +13,7 @@ from ddistill import sharding
 from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.data.inverted import beside_inverted
-from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, slower
+from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, Watch, slower
 from ddistill.goodput import Clock
 from ddistill.log import Log, Silent
 from ddistill.loop import Pace, Profile, fit
@@ -190,11 +190,12 @@ def _carried_out(
                     if int(state.step) < stage.steps:
                         source = source or stage.source(nets["teacher"])
                         skipping = _later(source, backs.skipped)
+                    watch = Watch(divergence, stage.name, int(state.step), folder, jax.process_index() == 0)
                 if source is not None:
                     state = fit(
                         trainer, state, nets, skipping,
                         stage=stage.name, steps=stage.steps, round=stage.round, pace=pace, log=log, stop=stop,
-                        checkpoints=checkpoints, divergence=divergence, profile=profile, clock=clock,
+                        checkpoints=checkpoints, watch=watch, profile=profile, clock=clock,
                         look=look and _seen(look, trainer, nets),
                     )  # fmt: skip
                 return result(trainer, state, nets)

@@ -15,6 +15,7 @@ import pytest
 
 from ddistill import goodput
 from ddistill import log as log_module
+from ddistill.checkpoint import Checkpoints
 from ddistill.cli import main
 from ddistill.data.loading import prefetched
 from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, Watch, slower
@@ -347,11 +348,47 @@ def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(tmp_path):
     np.testing.assert_array_equal(train(stage, workdir=tmp_path / "killed", **options), whole)
 
 
+def test_a_run_told_to_leave_while_its_loss_grows_rolls_back_when_it_goes_on(tmp_path):
+    """What may have diverged is not saved, and what later losses are large beside is remembered."""
+    grown = sourced(lambda step: {"x": (30 if 8 <= step < 12 else 1) * batches(step)["x"]}, 20)
+    rule = Divergence("rollback", growth=50, reports=3)
+    log, options = Silent(), {"log_every": 1, "checkpoint_every": 2, "divergence": rule}
+    whole = train(grown, workdir=tmp_path / "whole", log=log, **options)
+    assert ["back to step 8, without the" in note for note in log.notes] == [True]
+
+    stop, log, folder = Stop(), Silent(), tmp_path / "left"
+    with pytest.raises(Stopped, match="stopped, and not saved since it may diverge, at step 10 of 20"):
+        train(grown, workdir=folder, log=Telling(stop, 10), stop=stop, **options)
+    with Checkpoints(folder / "checkpoints" / "s") as checkpoints:
+        assert checkpoints.latest() == 8
+    np.testing.assert_array_equal(train(grown, workdir=folder, log=log, **options), whole)
+    assert len(log.notes) == 1
+
+
+class Telling(Silent):
+    """A log that asks for a stop at a step."""
+
+    def __init__(self, stop, at):
+        super().__init__()
+        self._stop, self._at = stop, at
+
+    def progress(self, step):
+        if step == self._at - 1:
+            self._stop.request()
+
+
 def test_rollbacks_have_an_end_and_without_checkpoints_go_back_to_the_start():
     log = Silent()
     with pytest.raises(DivergedError, match="NaN or infinite.*That was after 2 rollbacks"):
         train(sourced(poisoned(range(3, 1000)), 40), log=log, log_every=1, divergence=BACK)
     assert ["back to step 0" in note for note in log.notes] == [True, True]
+
+
+def test_a_state_at_its_last_step_is_trained_no_more():
+    trainer = trainer_of(STAGE, jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")))
+    nets, state = prepare(trainer, net(2, 3), net(2, 3), jax.random.key(0))
+    state = dataclasses.replace(state, step=jnp.int32(11))
+    assert fit(trainer, state, nets, batches, stage="s", steps=11) is state
 
 
 def watched(losses, **rule):
