@@ -89,6 +89,7 @@ def stages_of(
             return beside_inverted(
                 made, data(), teacher, target,
                 share=wanted.inverted, count=wanted.count, steps=wanted.steps, integrator=wanted.integrator,
+                part=(jax.process_index(), jax.process_count()),
             )  # fmt: skip
 
         name = part.name if len(parts) == 1 else f"student-{part.name}"

@@ -10,6 +10,8 @@ import pytest
 from scipy import integrate, stats
 
 from ddistill import grids
+from ddistill.data.inverted import beside_inverted
+from ddistill.data.loading import part_of
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.flow import straightness, transport_cost
 from ddistill.integrators import ddim, euler, rk4
@@ -225,14 +227,37 @@ def test_a_share_of_the_pairs_is_data_and_the_noise_it_flows_to():
     source = stage.source(gaussian())
     for step in range(8):
         batch, there = source(step), step % 4  # 12 of 40 are inverted, three in each of four batches
-        np.testing.assert_array_equal(batch["cond"], [-1] * 7 + [there] * 3)
-        np.testing.assert_array_equal(batch["x"][7:], stored[there, :3])
-        np.testing.assert_allclose(batch["noise"][7:], stored[there, :3] / width, rtol=1e-3)
-        assert np.all(batch["noise"][:7] == 1) and np.all(batch["x"][:7] == 0)
+        own = np.isin(np.arange(10), (3, 6, 9))
+        np.testing.assert_array_equal(batch["cond"], np.where(own, there, -1))
+        np.testing.assert_array_equal(batch["x"][own], stored[there, own])
+        np.testing.assert_allclose(batch["noise"][own], stored[there, own] / width, rtol=1e-3)
+        assert np.all(batch["noise"][~own] == 1) and np.all(batch["x"][~own] == 0)
     assert [r.method.pairs.inverted for r in made] == [0.3, 0.3] and Reflow()(edm())[0].method.pairs.inverted == 0
     for wrong in ({"inverted": 1.2}, {"inverted": 0.5, "points": 4}):
         with pytest.raises(ValueError, match="a share of pairs without path"):
             Pairs(10, 4, **wrong)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_what_is_inverted_does_not_depend_on_the_number_of_processes(processes):
+    stored = np.random.default_rng(0).normal(0, C, (4, 10, 2)).astype(np.float32)
+
+    def source(part):
+        def rows(step, of):
+            return part_of(lambda _: {"x": of}, 10, part)(step)
+
+        return beside_inverted(
+            lambda step: rows(step, np.zeros((10, 2), np.float32)) | {"noise": rows(step, np.ones((10, 2)))["x"]},
+            lambda step: rows(step, stored[step]), gaussian(), edm(), share=0.2, count=40, steps=8, integrator=ddim,
+            part=part,
+        )  # fmt: skip
+
+    whole, parts = source((0, 1)), [source((p, processes)) for p in range(processes)]
+    for step in range(5):
+        split = [part(step) for part in parts]
+        for name in ("x", "noise"):
+            np.testing.assert_allclose(np.concatenate([batch[name] for batch in split]), whole(step)[name], rtol=1e-6)
+        assert np.sum(whole(step)["x"][:, 0] != 0) == 2
 
 
 def test_straightness_and_cost_of_gaussian_data_in_closed_form():
