@@ -299,13 +299,20 @@ def test_the_sampler_that_overshoots_jumps_two_times_down_and_comes_one_up():
     assert int(drawn.nfe) == 3
 
 
-def test_with_gamma_between_part_of_the_noise_is_drawn_anew():
-    process, key, x = edm(), jax.random.key(3), 80 * jax.random.normal(jax.random.key(0), (6, 2))
+@pytest.mark.parametrize(("process", "middle"), [(edm(), 3.0), (vp(), 0.4), (flow(), 0.6)], ids=["edm", "vp", "flow"])
+@pytest.mark.parametrize("gamma", [0.4, 1.0])
+def test_with_gamma_part_of_the_noise_is_drawn_anew(process, middle, gamma):
+    """It lands at ρ = √(1 − γ²) ρ(t), from where x grows by α_t / α_s and noise brings its variance to σ_t²."""
+    key, x, end = jax.random.key(3), jax.random.normal(jax.random.key(0), (6, 2)), float(process.t_max)
     student = Net({}, {}, lambda p, r, x, t, c, *, s, key: 0.3 * x / (1 + t[:, None]) + 0.1 * s[:, None])
-    noise, gamma = jax.random.normal(jax.random.fold_in(key, 0), x.shape), 0.4
-    y = student.jump(process, x, 80.0, np.sqrt(1 - gamma**2) * 3.0) + gamma * 3.0 * noise
-    drawn = sample(student, process, [80.0, 3.0, 0.0], x, key, gamma=gamma).x
-    np.testing.assert_allclose(drawn, student.jump(process, y, 3.0, 0.0), rtol=1e-4, atol=1e-6)
+    noise = jax.random.normal(jax.random.fold_in(key, 0), x.shape)
+    rho = np.sqrt(1 - gamma**2) * process.sigma(middle) / process.alpha(middle)
+    landing = process.time_of(-jnp.log(rho)) if gamma < 1 else jnp.zeros(())
+    grown = process.alpha(middle) / process.alpha(landing)
+    y = grown * student.jump(process, x, end, landing)
+    y += jnp.sqrt(process.sigma(middle) ** 2 - (grown * process.sigma(landing)) ** 2) * noise
+    drawn = sample(student, process, [end, middle, 0.0], x, key, gamma=gamma).x
+    np.testing.assert_allclose(drawn, student.jump(process, y, middle, 0.0), rtol=1e-4, atol=1e-6)
 
 
 def test_sampling_forwards_inverts_sampling_backwards():

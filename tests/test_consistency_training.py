@@ -154,12 +154,14 @@ def test_ict_draws_intervals_by_differences_of_erf(process):
     assert np.all(np.asarray(s) < np.asarray(t))
 
 
-def test_ect_tightens_from_denoising_to_neighbours():
-    law, process, key = Shrinking(q=2.0, stages=8), edm(), jax.random.key(0)
+@pytest.mark.parametrize("process", [edm(), flow()], ids=["edm", "flow"])
+def test_ect_tightens_from_denoising_to_neighbours(process):
+    law, key = Shrinking(q=2.0, stages=8), jax.random.key(0)
     ratios = []
     for k in range(8):
-        t, s = (np.asarray(a, np.float64) for a in law(process, Progress(k, 8), key, 4000))
+        t, s = law(process, Progress(k, 8), key, 4000)
         assert np.all((s < t) & (s >= 0) & (t >= process.t_min) & (t <= process.t_max * (1 + 1e-6)))
+        t, s = (np.asarray(process.sigma(a) / process.alpha(a), np.float64) for a in (t, s))
         expected = np.maximum(0, t * (1 - 2.0 ** -(k + 1) * (1 + 8 / (1 + np.exp(t)))))
         np.testing.assert_allclose(s, expected, rtol=1e-3, atol=1e-5)
         ratios.append((s / t).mean())

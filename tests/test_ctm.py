@@ -180,6 +180,9 @@ def test_the_outer_map_is_frozen_and_passes_the_gradient_of_its_input():
     assert gradient.params["b"] == 0
     weighted = evaluate(dataclasses.replace(config, weighted=True), edm(), inner_outer(a, b))[0]
     np.testing.assert_allclose(weighted, value / 4, rtol=1e-5)  # 1/t
+    on_vp = [dataclasses.replace(config, at=(0.8, 0.6, 0.4), weighted=w) for w in (True, False)]
+    weighted, value = (evaluate(c, vp(), inner_outer(a, b))[0] for c in on_vp)
+    np.testing.assert_allclose(weighted, value * vp().alpha(0.8) / vp().sigma(0.8), rtol=1e-4)  # 1/ρ
 
 
 def test_the_adaptive_weight_is_the_quotient_of_the_gradients_at_the_last_layer():

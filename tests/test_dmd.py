@@ -10,7 +10,8 @@ import pytest
 
 from ddistill.lora import LoRA
 from ddistill.losses.score import Likelihood, NoisePrediction
-from ddistill.losses.weightings import DataWeight
+from ddistill.losses.times import KarrasRamp, karras_time
+from ddistill.losses.weightings import DataWeight, EDMWeight
 from ddistill.methods import GAN, KD, Adversary, Progressive, RectifiedFlow
 from ddistill.methods.base import UNKNOWN, Progress, Space
 from ddistill.methods.consistency import renoising_times
@@ -122,6 +123,21 @@ def test_the_fake_score_learns_the_students_distribution():
     narrow, right, broad = map(jax.jit(jax.grad(value)), (0.5, 0.8, 1.2))
     assert abs(right) < 0.1 * abs(narrow)
     assert narrow < 0 < broad
+
+
+def test_the_fake_scores_weighting_counts():
+    def value(weighting):
+        times = dataclasses.replace(KarrasRamp(), low=0.5, high=0.5 + 1e-6)  # one time
+        nets = {"student": generator(0.0, 0.8), "fake": gaussian(std=0.5)}
+        fake = Auxiliary(times=times, weighting=weighting)
+        return DMD(fake)(EDM).losses["fake"](nets, {"x": jnp.zeros((64, 1))}, PROGRESS, KEY)[0]
+
+    t = karras_time(EDM, jnp.asarray(0.5))
+    np.testing.assert_allclose(value(EDMWeight()) / value(DataWeight()), 1 / t**2 + 1 / 0.5**2, rtol=1e-3)
+
+
+def test_students_of_several_steps_are_renoised_when_they_are_sampled():
+    assert DMD(steps=4)(EDM).sampling.gamma == 1  # as in the backward simulation
 
 
 def test_neither_scores_nor_noised_samples_are_differentiated():

@@ -37,7 +37,13 @@ def test_a_sampler_with_one_picture_for_each_digit_is_precise_and_has_no_diversi
         pick = np.stack([rng.choice(digits.train_x[digits.train_labels == c]) for c in np.asarray(labels)])
         return Solution(0.5 * pick + half[np.asarray(labels)], 1)
 
-    _, one, near = evaluate(digits, edm(), [Sampler("one", draw), Sampler("near", shrunk)], 400)
+    def held_out(noise, labels, key):
+        return Solution(digits.held_out_x[np.arange(len(labels)) % len(digits.held_out_x)], 1)
+
+    _, one, near, held = evaluate(
+        digits, edm(), [Sampler("one", draw), Sampler("near", shrunk), Sampler("held", held_out)], 400
+    )
+    assert held["frechet_held_out"] < 0.3 * held["frechet"]
     assert (one["precision"], one["recall"], one["diversity"]) == (1, pytest.approx(0, abs=0.02), pytest.approx(0))
     # Ten points reach few of the 1257 balls.
     assert one["coverage"] < 0.1 and near["diversity"] == pytest.approx(0.5, abs=0.03)

@@ -247,6 +247,24 @@ def test_latent_consistency_is_consistency_on_the_guided_teacher():
     assert abs(float(unguided / expected) - 1) > 1e-3
 
 
+def test_latent_consistency_hands_its_settings_on():
+    made = LatentConsistency(target_ema=0.9, ema=0.5)(edm())
+    assert dict(made.ema) == {"ema": ("student", 0.5), "target": ("student", 0.9)}
+
+
+def test_the_teacher_without_a_condition_sees_the_label_that_means_none():
+    seen = []
+
+    def apply(params, rest, x, t, cond, *, s, key):
+        seen.append(np.asarray(cond))
+        return x
+
+    method = Guided(Denoising(exact=True), null=7)(edm())
+    nets = {"teacher": Net({}, {}, apply), "student": Net({}, {}, lambda p, r, x, t, c, *, s, key: x)}
+    method.losses["student"](nets, {"x": jnp.ones((3, 2)), "cond": jnp.arange(3)}, Progress(0), jax.random.key(0))
+    np.testing.assert_array_equal(np.concatenate(seen), [0, 1, 2, 7, 7, 7])
+
+
 def test_the_scale_reaches_both_branches_of_latent_consistency():
     seen = []
 

@@ -173,6 +173,20 @@ def test_pairs_stay_in_their_segment(process):
     assert np.all(np.diff(nodes, axis=0) <= 0) and np.array_equal(nodes[0], t) and np.array_equal(nodes[-1], s)
 
 
+@pytest.mark.parametrize("process", PROCESSES, ids=by_name)
+def test_solver_steps_divide_an_interval_and_intervals_shrink_while_training(process):
+    segments = Segments(phases=(2,), intervals=10, max_intervals=40, solver_steps=2)
+    pairs = [segments.draw(process, Progress(step, 100), jax.random.key(0), 256) for step in (0, 99)]
+    lengths = []
+    for pair, n in zip(pairs, (10.0, 40.0), strict=True):
+        t, middle, s = (position(process, time, n, 7.0) for time in pair.nodes)
+        whole = (pair.s > pair.edge) & (pair.s > process.t_min * 1.01)  # the last interval, to the data, is no ramp
+        np.testing.assert_allclose(middle[whole], (t + s)[whole] / 2, atol=2e-2)
+        assert np.mean(whole) > 0.5 and np.all(pair.nodes >= pair.edge)
+        lengths.append(np.median((s - t)[whole]) / n)
+    np.testing.assert_allclose(lengths, [1 / 10, 1 / 40], rtol=0.02)
+
+
 def test_shares_are_those_of_the_phases():
     segments, process = Segments((1, 8), shares=(3.0, 1.0), edges=Edges()), edm()
     edge = np.asarray(segments.draw(process, Progress(0), jax.random.key(0), 16_000).edge)

@@ -121,8 +121,15 @@ def test_preservation_of_linear_students_is_worked_by_hand(process):
             "reverse": jumping(process, lambda p, t, s: p * jnp.ones_like(t), b),
             "forward": jumping(process, lambda p, t, s: p * jnp.ones_like(t), a),
         }
-        return config(process).losses[way](nets, {"x": x}, Progress(0), jax.random.key(1))[1]["preserve"]
+        loss, parts = config(process).losses[way](nets, {"x": x}, Progress(0), jax.random.key(1))
+        total.append((way, loss, parts["consistency"] + config.preserve * parts["preserve"]))
+        return parts["preserve"]
 
+    total = []
+    for way in ("reverse", "forward"):
+        preserve(way, 1.5, 0.8)
+    for _, loss, expected in total:
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
     a, b = jnp.asarray(1.5), jnp.asarray(0.8)
     for way, slot, slope in (("reverse", 2, a), ("forward", 1, b)):
         by_hand = jax.jit(jax.value_and_grad(functools.partial(preserve, way), argnums=slot - 1))
