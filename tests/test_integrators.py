@@ -440,15 +440,24 @@ def test_churn_raises_the_noise_where_told(x64):
         out = jax.jit(f)(x, key)
         return float(jnp.std(out.x))
 
-    gamma = math.sqrt(2) - 1
-    # for D = 0, d = x/t exactly, so Heun carries x̂ from t̂ to s by 1 + Δ/2 (1/t̂ + (1 + Δ/t̂)/s)
-    hat = 2 * (1 + gamma)
-    carried = 1 + (1 - hat) / 2 * (1 / hat + (1 + (1 - hat) / hat) / 1.0)
     sampled = float(jnp.std(jax.random.normal(jax.random.split(key, 1)[0], x.shape, x.dtype)))
-    expected = 1.5 * math.sqrt(hat**2 - 4) * abs(carried) * sampled
-    assert spread(churn=5.0) == pytest.approx(expected, rel=1e-9)
+    for churn, gamma in ((5.0, math.sqrt(2) - 1), (0.3, 0.3)):  # of one step
+        # for D = 0, d = x/t exactly, so Heun carries x̂ from t̂ to s by 1 + Δ/2 (1/t̂ + (1 + Δ/t̂)/s)
+        hat = 2 * (1 + gamma)
+        carried = 1 + (1 - hat) / 2 * (1 / hat + (1 + (1 - hat) / hat) / 1.0)
+        expected = 1.5 * math.sqrt(hat**2 - 4) * abs(carried) * sampled
+        assert spread(churn=churn) == pytest.approx(expected, rel=1e-9)
     assert spread(churn=5.0, churn_min=3.0) == 0 and spread(churn=5.0, churn_max=1.9) == 0
     assert spread(churn=0.1) < spread(churn=0.2) < spread(churn=5.0)
+
+
+@pytest.mark.parametrize("f", [I.dpmpp_2m, I.dpmpp_3m, I.deis], ids=["dpmpp_2m", "dpmpp_3m", "deis"])
+@pytest.mark.parametrize("steps", [14, 15])
+def test_the_last_steps_are_of_lower_order_where_there_are_fewer_than_15(x64, f, steps):
+    proc, grid = process.vp(), np.linspace(0.9, 0.1, steps + 1)
+    x = jax.random.normal(jax.random.key(0), (3, 2), jnp.float64)
+    lower, same_order = run(f, proc, grid, x).x, run(functools.partial(f, lower_order_final=False), proc, grid, x).x
+    assert np.array_equal(lower, same_order) == (steps == 15)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
