@@ -49,7 +49,9 @@ def experiments():
         "data": Plane(), "network": MLPNetwork(width=8, blocks=1), "steps": STEPS, "batch_size": 16,
         "optimizer": Optimizer(learning_rate=2e-4),  # small steps, which do not multiply rounding errors
     }  # fmt: skip
-    return {name: Experiment(name, method, **common) for name, method in methods.items()}
+    # Of one, parameters lie in parts, over two processes and more.
+    parts = {"consistency": {"fsdp": 4, "layout": {"blocks*.kernel": (None, "fsdp")}}}
+    return {name: Experiment(name, method, **common, **parts.get(name, {})) for name, method in methods.items()}
 
 
 def experiment():
@@ -71,6 +73,7 @@ def losses(folder: Path | None, *names: str) -> dict[str, list[list[float]]]:
     from ddistill.log import Silent
     from ddistill.net import Net
     from ddistill.runs import student_stages
+    from ddistill.sharding import make_mesh, rule_of
     from ddistill.stages import run
 
     told = {}
@@ -83,7 +86,11 @@ def losses(folder: Path | None, *names: str) -> dict[str, list[list[float]]]:
             params=jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), teacher.params)
         )
         log, stages, workdir = Silent(), student_stages(e, data), None if folder is None else folder / name
-        run(stages, teacher, jax.random.key(3), log=log, workdir=workdir, log_every=1, checkpoint_every=CUT)
+        *_, student = run(
+            stages, teacher, jax.random.key(3), mesh=make_mesh(e.fsdp), rule=rule_of(e.layout), log=log,
+            workdir=workdir, log_every=1, checkpoint_every=CUT,
+        )  # fmt: skip
+        assert (e.fsdp > 1) != all(leaf.is_fully_replicated for leaf in jax.tree.leaves(student.params))
         before = {s.name: sum(other.steps for other in stages[:i]) for i, s in enumerate(stages)}
         told[name] = [[before[row["stage"]] + row["step"], row["student/loss"]] for row in log.rows]
     return told
