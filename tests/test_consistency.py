@@ -10,7 +10,7 @@ import pytest
 
 from ddistill import grids
 from ddistill.integrators import Solution, ddim, deis, dpmpp_2m, dpmpp_3m, dpmpp_3s, euler, heun
-from ddistill.losses.distances import L1, L2, Perceptual, PseudoHuber
+from ddistill.losses.distances import L1, L2, CoordinateHuber, Perceptual, PseudoHuber
 from ddistill.methods import Consistency
 from ddistill.methods.base import Progress
 from ddistill.methods.consistency import doubled, node, position, renoising_times
@@ -151,6 +151,19 @@ def test_nodes_are_karras_grid_and_n_doubles_on_schedule():
     assert 0.002 < float(node(process, jnp.asarray(0.5), 1)) < 80
 
 
+@pytest.mark.parametrize("steps", [7, 500, 100_001])
+@pytest.mark.parametrize(("first", "last"), [(64, 1280), (10, 1280), (10, 25), (1, 1025), (3, 4), (5, 5), (8, 4)])
+def test_n_doubles_until_its_last_span_which_is_of_last(first, last, steps):
+    spans = max(0, int(np.ceil(np.log2(last / first)))) + 1
+    k = np.minimum(np.arange(steps) * spans // steps, spans - 1)
+    shown = np.unique([*range(min(steps, 500)), *range(max(0, steps - 500), steps), *np.arange(spans) * steps // spans])
+    n = jax.vmap(lambda s: doubled(Progress(s, steps), first, last))(jnp.asarray(shown))
+    away = np.abs(shown * spans / steps - np.round(shown * spans / steps)) > 1e-3  # where rounding decides nothing
+    np.testing.assert_array_equal(n[away], np.minimum(first * 2.0 ** k[shown], last)[away])
+    if steps >= spans:
+        assert n[-1] == last
+
+
 @PROCESSES
 def test_position_is_the_inverse_of_node(process):
     i = jnp.asarray([0.0, 0.5, 3.0, 7.25, 9.0, 10.0])
@@ -239,6 +252,11 @@ def test_distances_in_cases_worked_by_hand():
     np.testing.assert_allclose(L1()(a, b), [3.5, 0])
     c = 2.0 * np.sqrt(2)
     np.testing.assert_allclose(PseudoHuber(2.0)(a, b), [np.sqrt(25 + c**2) - c, 0], rtol=1e-6)
+    # Each coordinate by itself: (√(9 + 4) − 2 + √(16 + 4) − 2)/2.
+    np.testing.assert_allclose(CoordinateHuber(2.0)(a, b), [(np.sqrt(13) + np.sqrt(20)) / 2 - 2, 0], rtol=1e-6)
+    each = CoordinateHuber(1.0)(a * 1e-4, b * 1e-4)[0]  # (9 + 16) 1e-8/(2 · 2)
+    np.testing.assert_allclose(each, 25e-8 / 4, rtol=1e-5)
+    assert np.all(np.isfinite(jax.grad(lambda a: CoordinateHuber()(a, b).sum())(b)))
     small = PseudoHuber(1.0)(a * 1e-4, b * 1e-4)[0]  # ‖Δ‖²/(2c), though float32 loses it in √(‖Δ‖² + c²) − c
     np.testing.assert_allclose(small, 25e-8 / (2 * np.sqrt(2)), rtol=1e-5)
     assert np.all(np.isfinite(jax.grad(lambda a: PseudoHuber()(a, b).sum())(b)))

@@ -161,6 +161,12 @@ def test_uniform_laws_are_uniform():
     process, n = P.vp(), 10_000
     t = np.asarray(Uniform()(process, jax.random.key(0), n), np.float64)
     assert stats.kstest(t, stats.uniform(process.t_min, 1 - process.t_min).cdf).pvalue > 0.01
+    middle = np.asarray(Uniform(0.02, 0.98)(P.discrete_vp(P.linear_betas()), jax.random.key(0), n), np.float64)
+    low = 1 + 0.02 * 999  # DMD2's, of steps 1 to 1000
+    assert stats.kstest(middle, stats.uniform(low, 0.96 * 999).cdf).pvalue > 0.01 and middle.min() >= low
+    for wrong in ({"low": 0.5, "high": 0.5}, {"low": -0.1}, {"high": 1.1}):
+        with pytest.raises(ValueError, match="must be shares of the way, 0 <= low < high <= 1"):
+            Uniform(**wrong)
     level = np.asarray(process.half_log_snr(UniformLogSNR()(process, jax.random.key(1), n)), np.float64)
     low, high = (float(process.half_log_snr(e)) for e in (process.t_max, process.t_min))
     assert stats.kstest(level, stats.uniform(low, high - low).cdf).pvalue > 0.01

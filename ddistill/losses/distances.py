@@ -58,6 +58,21 @@ class PseudoHuber:
 
 
 @dataclass(frozen=True)
+class CoordinateHuber:
+    """Mean over coordinates of √((a − b)² + c²) − c, the pseudo-Huber loss of diffusers' script of LCM.
+
+    (a − b)²/(2c) for small differences and |a − b| for large ones, each coordinate by itself.
+    """
+
+    c: float = 0.001
+
+    def __call__(self, a: Array, b: Array) -> Array:
+        """a, b: [B, ...] -> [B]."""
+        squared = _flat(a - b) ** 2
+        return jnp.mean(squared / (jnp.sqrt(squared + self.c**2) + self.c), axis=1)
+
+
+@dataclass(frozen=True)
 class Perceptual:
     """Distance of features: the sum over feature maps of the mean squared difference, plus `pixel` times that of x.
 

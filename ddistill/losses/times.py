@@ -111,11 +111,23 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform in t on [t_min, t_max]."""
+    """Uniform in t between the shares `low` and `high` of the way from t_min (0) to t_max (1).
+
+    (.02, .98) is the law of DMD2's scores on discrete processes (Yin et al. 2024b; its code's min_ and
+    max_step_percent).
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low = {self.low}, high = {self.high} must be shares of the way, 0 <= low < high <= 1")
 
     def __call__(self, process: Process, key: Array, n: int) -> Array:
         """Draw n times."""
-        return jax.random.uniform(key, (n,), minval=process.t_min, maxval=process.t_max)
+        low, high = (process.t_min + share * (process.t_max - process.t_min) for share in (self.low, self.high))
+        return jax.random.uniform(key, (n,), minval=low, maxval=high)
 
 
 @dataclass(frozen=True)

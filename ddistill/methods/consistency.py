@@ -71,13 +71,14 @@ class Consistency:
 
 
 def doubled(progress: Progress, first: int, last: int) -> Array:
-    """N at a moment of training: doubling from `first` to at most `last` at equal spans, piecewise constant.
+    """N at a moment of training: doubling from `first` at equal spans, piecewise constant, the last of them of `last`.
 
-    Song & Dhariwal 2023, sec. 3.4: N = min(s0 2^⌊k/K'⌋, s1), K' = K/(⌊log2 s1/s0⌋ + 1).
+    Song & Dhariwal 2023, sec. 3.4: N = min(s0 2^⌊k/K'⌋, s1), K' = K/(⌈log2 s1/s0⌉ + 1). The paper's log2 ⌊s1/s0⌋ is
+    the same for its ratio of 128; rounded up, s1 has a whole span whatever the ratio.
     """
-    doublings = max(0, (last // first).bit_length() - 1)
+    doublings = max(0, (-(-last // first) - 1).bit_length())  # ⌈log2 last/first⌉
     k = jnp.floor((doublings + 1) * progress.share)
-    return jnp.minimum(first * 2.0 ** jnp.minimum(k, doublings), last)
+    return jnp.minimum(first * 2.0**k, last)
 
 
 def node(process: Process, i: Array, n: Array, rho: float = 7.0) -> Array:
