@@ -21,7 +21,7 @@ from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.data.loading import Readable, loader, part_of
 from ddistill.data.pair_store import PairStore, open_pairs
 from ddistill.divergence import Divergence
-from ddistill.hub.configs import kind_with
+from ddistill.hub.configs import kind_with, with_dropout
 from ddistill.hub.load import load_network, open_config, open_diffusion
 from ddistill.losses.times import LogNormal
 from ddistill.methods.base import Made, Space
@@ -207,13 +207,15 @@ class Imported:
 
     bfloat16: computes in bfloat16 with float32 parameters. remat: True keeps one block's activations at a time, "dots"
     beside it what matrix products and convolutions gave. guidance: the scale at which a teacher that embeds one, such
-    as FLUX.1 dev, is distilled.
+    as FLUX.1 dev, is distilled. dropout: the rate in training of all networks that start from it, in place of its
+    configuration's; the teacher itself drops nothing.
     """
 
     folder: Path
     bfloat16: bool = False
     remat: Remat = False
     guidance: float | None = None
+    dropout: float | None = None
 
     @property
     def process(self) -> Process:
@@ -237,8 +239,8 @@ class Imported:
             raise ValueError(
                 f"the teacher in {self.folder} has its own process; pass the experiment through `resolved`"
             )
-        options: dict[str, Any] = {"mesh": mesh, "rule": rule, "dtype": self._dtype, "remat": self.remat}
-        return self._held(load_network(self.folder, own, precondition, **options))
+        options: dict[str, Any] = {"dtype": self._dtype, "remat": self.remat, "dropout": self.dropout}
+        return self._held(load_network(self.folder, own, precondition, mesh=mesh, rule=rule, **options))
 
     def abstract(self, published: Published | None = None) -> Net:
         """The network's shapes, those of the folder, or of what is published where there is no such folder."""
@@ -248,6 +250,7 @@ class Imported:
         else:
             kind, config = kind_with(published.config), published.config
             process, precondition = published.process, published.precondition
+        config = with_dropout(config, self.dropout)
         make = partial(kind.network, config, dtype=self._dtype, remat=self.remat)
         return self._held(from_nnx(nnx.eval_shape(lambda: make(rngs=rngs_of(0))), process, precondition))
 

@@ -14,11 +14,20 @@ from safetensors.numpy import save_file
 
 from ddistill import process as processes
 from ddistill import sharding
-from ddistill.hub.configs import config_json, diffusion_of, network_config
+from ddistill.hub.configs import config_json, diffusion_of, network_config, with_dropout
 from ddistill.hub.load import load_network, network_from, open_diffusion, parts_of
 from ddistill.hub.tensors import open_tensors
 from ddistill.hub.weights import params_from
-from ddistill.net import BoundaryPrecondition, EDMPrecondition, EpsPrecondition, Net, VelocityPrecondition, from_nnx
+from ddistill.net import (
+    BoundaryPrecondition,
+    DataPrecondition,
+    EDMPrecondition,
+    EpsPrecondition,
+    Net,
+    VelocityPrecondition,
+    from_nnx,
+)
+from ddistill.networks.edm import SongUNetConfig
 from ddistill.process import discrete_vp, edm, flow
 
 SMALL = {**DIT, "num_layers": 2}
@@ -152,9 +161,29 @@ def test_schedulers_become_processes():
         ({**DDIM, "beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
         ({**DDIM, "prediction_type": "score"}, "prediction_type = 'score' is not supported"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "only 'epsilon'"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+        ({**DDIM, "prediction_type": "v_prediction", "predict_epsilon": False}, "says both prediction_type = 'v_pred"),
     ):
         with pytest.raises(ValueError, match=words):
             diffusion_of(bad)
+
+
+def test_schedulers_from_before_prediction_type_say_whether_the_network_predicts_epsilon():
+    for of, expected in ((True, EpsPrecondition), (False, DataPrecondition), (None, EpsPrecondition)):
+        assert diffusion_of({**DDIM, "predict_epsilon": of})[1] == expected(time_offset=-1.0)
+    same = {**DDIM, "predict_epsilon": False, "prediction_type": "sample", "timestep_type": "discrete"}
+    assert diffusion_of(same)[1] == DataPrecondition(time_offset=-1.0)
+
+
+def test_dropout_is_set_where_a_network_has_it():
+    config = SongUNetConfig(8, dropout=0.13)
+    assert with_dropout(config, None) == config and with_dropout(config, 0.0) == SongUNetConfig(8, dropout=0.0)
+    dit = network_config(DIT)
+    assert with_dropout(dit, 0.0) == dit
+    with pytest.raises(ValueError, match=r"dropout = 0\.1: DiT has none"):
+        with_dropout(dit, 0.1)
+    with pytest.raises(ValueError, match=r"dropout = 1\.0 must be a rate in \[0, 1\)"):
+        with_dropout(config, 1.0)
 
 
 def test_a_pipeline_becomes_a_teacher_bit_for_bit_on_one_device_and_on_eight(tmp_path):

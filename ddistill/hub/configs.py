@@ -171,6 +171,22 @@ def parsed(kind: type, name: str, config: Mapping[str, Any]) -> Any:
     return kind(**{key: value for key, value in given.items() if key in fields})
 
 
+def with_dropout(config: Any, rate: float | None) -> Any:
+    """A network's configuration with another rate of dropout; None leaves it as it is.
+
+    Raises ValueError for rates outside [0, 1), and for one above 0 where the network has no dropout.
+    """
+    if rate is None:
+        return config
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout = {rate} must be a rate in [0, 1)")
+    if hasattr(config, "dropout"):
+        return dataclasses.replace(config, dropout=rate)
+    if rate:
+        raise ValueError(f"dropout = {rate}: {type(config).__name__.removesuffix('Config')} has none; leave it out")
+    return config
+
+
 def config_json(config: Any) -> dict[str, Any]:
     """A network's configuration as config.json: the way back. Raises ValueError for one of no class of diffusers."""
     for name, kind in KINDS.items():
@@ -224,7 +240,12 @@ def diffusion_of(scheduler: Mapping[str, Any], time_scale: float = 1000.0) -> tu
     time_scale: of flows, `Kind.time_scale`. What belongs to a sampler, the spacing of its steps, clipping and the shift
     of a flow's grid, is left out. Raises ValueError for schedulers, tables and outputs that are not supported.
     """
-    name, kind = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    name, kind = scheduler.get("_class_name"), _output_of(scheduler)
+    if scheduler.get("timestep_type") not in (None, "discrete"):
+        raise ValueError(
+            f"{name} with timestep_type = {scheduler['timestep_type']!r} is not supported, only 'discrete': such a "
+            "network sees ¼ log σ in place of a step's number"
+        )
     flows = kind == "flow_prediction" and scheduler.get("use_flow_sigmas", False)
     if name in _FLOWS or (name in _SCHEDULERS and flows):
         return processes.flow(), VelocityPrecondition(time_scale)
@@ -242,6 +263,19 @@ def diffusion_of(scheduler: Mapping[str, Any], time_scale: float = 1000.0) -> tu
     if kind not in _OUTPUTS:
         raise ValueError(f"{name} with prediction_type = {kind!r} is not supported, only {', '.join(_OUTPUTS)}")
     return processes.discrete_vp(_betas(scheduler)), _OUTPUTS[kind](time_offset=-1.0)
+
+
+def _output_of(scheduler: Mapping[str, Any]) -> str:
+    """What the network outputs. Old configurations say it by predict_epsilon, false being x0."""
+    kind = scheduler.get("prediction_type")
+    if scheduler.get("predict_epsilon") is not False:
+        return kind or "epsilon"
+    if kind not in (None, "sample"):
+        raise ValueError(
+            f"scheduler_config.json says both prediction_type = {kind!r} and predict_epsilon = false, which is "
+            "'sample': leave out the one that is wrong"
+        )
+    return "sample"
 
 
 def table_of(scheduler: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddistill import sharding
-from ddistill.hub.configs import Kind, diffusion_of, kind_of, kind_with, network_config, read_json
+from ddistill.hub.configs import Kind, diffusion_of, kind_of, kind_with, network_config, read_json, with_dropout
 from ddistill.hub.pickles import EDM_CLASSES, edm_definition
 from ddistill.hub.tensors import StoredTensor, open_tensors
 from ddistill.hub.weights import OURS, Tensor, check, tensors_of, to_ours
@@ -107,6 +107,7 @@ def load_network(
     dtype: jnp.dtype = jnp.float32,
     remat: Remat = False,
     variant: str | None = None,
+    dropout: float | None = None,
 ) -> Net:
     """The denoiser of a pipeline's or model's folder as a teacher.
 
@@ -114,11 +115,13 @@ def load_network(
     on one device. The network computes in dtype; its parameters are
     float32, whatever the file holds. variant: of the file, "fp16" for example. The host never holds more than one
     parameter. What only students read (the embeddings of their target and guidance) starts as a new network's, at 0.
+    dropout: in place of the configuration's, as `with_dropout` has it.
 
     Raises ValueError that lists all tensors that are missing, not expected or of another shape, FileNotFoundError for
     missing files, and as `network_config` and `diffusion_of`.
     """
     kind, config = open_config(folder)
+    config = with_dropout(config, dropout)
     if process is None or precondition is None:
         process, precondition = open_diffusion(folder)
 
