@@ -11,9 +11,18 @@ from hub_folders import DDIM, DIT, FLOW, assert_trees_equal, inputs, make, write
 from parity import made
 
 from ddistill import grids
-from ddistill.hub.configs import diffusion_of, scheduler_json
+from ddistill.hub.configs import KINDS, diffusion_of, scheduler_json
 from ddistill.hub.load import load_network
-from ddistill.hub.save import export_lora, export_student, recipe, save_network, save_pipeline, without_inputs
+from ddistill.hub.save import (
+    WITH_LORA,
+    export_lora,
+    export_student,
+    recipe,
+    save_lora,
+    save_network,
+    save_pipeline,
+    without_inputs,
+)
 from ddistill.hub.tensors import open_tensors
 from ddistill.lora import LoRA, LowRank, adapt, delta, merge
 from ddistill.net import EDMPrecondition, Scaled, VPrecondition, from_nnx, module_of, retime
@@ -274,7 +283,28 @@ def test_the_card_tells_how_to_sample(folders, tmp_path):
     assert made.scheduler["beta_start"] == 1e-4  # LCM's own default is another
 
 
-def test_what_diffusers_cannot_do_is_refused_in_words(folders, tmp_path):
+def test_networks_that_take_lora_files_are_those_whose_models_take_adapters():
+    diffusers = pytest.importorskip("diffusers")
+    names = {name for name in KINDS if hasattr(getattr(diffusers, name), "load_lora_adapter")}
+    assert set(WITH_LORA) == names
+
+
+def test_all_layers_of_a_lora_file_have_one_rank(tmp_path):
+    """Zeros fill up the lower ranks, and change no product: 3 × 4 of rank 1, and 2 × 2 taps of 5 × 2 of rank 3."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    update = {"a.kernel": LowRank(draw(3, 1), draw(1, 4)), "b.kernel": LowRank(draw(20, 3), draw(3, 2))}
+    save_lora(tmp_path, update, {"a.kernel": np.zeros((3, 4)), "b.kernel": np.zeros((2, 2, 5, 2))}, "unet")
+    stored = {n: np.asarray(t) for n, t in open_tensors(tmp_path / "pytorch_lora_weights.safetensors").items()}
+    assert {n: a.shape for n, a in stored.items()} == {
+        "unet.a.lora_A.weight": (3, 3), "unet.a.lora_B.weight": (4, 3),
+        "unet.b.lora_A.weight": (3, 5, 2, 2), "unet.b.lora_B.weight": (2, 3, 1, 1),
+    }  # fmt: skip
+    product = stored["unet.a.lora_B.weight"] @ stored["unet.a.lora_A.weight"]
+    np.testing.assert_allclose(product, (update["a.kernel"].down @ update["a.kernel"].up).T, rtol=1e-6)
+
+
+def test_what_diffusers_cannot_do_is_refused_in_words(folders, tmp_path, monkeypatch):
     student = student_of(folders / "epsilon", "target")
     process = student.apply.process
     times = [1000.0, 500.0, 0.0]
@@ -293,6 +323,10 @@ def test_what_diffusers_cannot_do_is_refused_in_words(folders, tmp_path):
     odd = from_nnx(module, discrete_vp(linear_betas(10)), VPrecondition())
     with pytest.raises(ValueError, match="no scheduler of diffusers is of DiscreteVP with VPrecondition"):
         recipe(odd, odd.apply.process, [10.0, 0.0], 0.0)
+    update = {"proj_out_2.kernel": LowRank(jnp.ones((16, 1)), jnp.ones((1, 24)))}
+    with pytest.raises(ValueError, match=r"no LoRA file into a DiTTransformer2DModel, .*: export the whole network"):
+        export_lora(tmp_path / "lora", student, update, process, times, 1.0)
+    monkeypatch.setattr("ddistill.hub.save.WITH_LORA", ("DiTTransformer2DModel",))
     update = {"proj_out_1.bias": jnp.ones(32)}
     with pytest.raises(ValueError, match="low-rank updates of kernels alone; these are not: proj_out_1.bias"):
         export_lora(tmp_path / "lora", student, update, process, times, 1.0)

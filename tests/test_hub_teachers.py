@@ -85,6 +85,19 @@ def test_variants_and_shards_are_copied_under_plain_names(pipeline, tmp_path):
         np.testing.assert_array_equal(np.asarray(copied[name]), tensors[name])
 
 
+def test_a_variant_is_of_the_parts_that_have_it(pipeline, tmp_path):
+    """Here the autoencoder alone: the denoiser is copied without."""
+    source = tmp_path / "p"
+    tensors = write_pipeline(source, SMALL, DDIM)
+    half = {"a": np.ones(3, np.float16)}
+    write_model(source / "vae", SMALL, {"a": np.zeros(3, np.float32)})
+    write_model(source / "vae", SMALL, half, "diffusion_pytorch_model.fp16.safetensors")
+    assert import_teacher(source, tmp_path / "t", variant="fp16").parameters == sum(a.size for a in tensors.values())
+    assert_trees_equal(load_network(tmp_path / "t"), load_network(pipeline))
+    np.testing.assert_array_equal(np.asarray(open_tensors(tmp_path / "t" / "vae")["a"]), half["a"])
+    assert open_tensors(tmp_path / "t" / "vae")["a"].dtype == "float16"
+
+
 def test_pickled_weights_become_safetensors_and_run_nothing(pipeline, tmp_path, capsys):
     source, tensors = tmp_path / "p", tensors_for(SMALL)
     write_pipeline(source, SMALL, DDIM, tensors)
@@ -150,21 +163,28 @@ def test_of_a_repository_the_weights_are_fetched_once():
     shards = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
     shards += [f"unet/diffusion_pytorch_model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
     assert files_of(shards, "fp16") == shards
+    index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    beside = [*STABLE, "vae_1_0/config.json", "vae_1_0/diffusion_pytorch_model.safetensors"]
+    assert "vae_1_0/config.json" in files_of(beside)
+    parts = {name.split("/")[0] for name in files_of(beside, index=index)}
+    assert parts == {"model_index.json", "scheduler", "unet", "vae"}
 
 
 def test_a_repository_is_listed_before_it_is_fetched(pipeline, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.list_repo_files", lambda self, name, revision: [*STABLE, "unet/a[1].json"]
-    )
+    listed = [*STABLE, "unet/a[1].json", "vae_1_0/config.json"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, revision: listed)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(pipeline)
     )
     import_teacher("runway/sd", tmp_path / "t", revision="main")
-    ((name, options),) = asked
-    assert name == "runway/sd" and options["revision"] == "main"
-    kept = filter_repo_objects([*STABLE, "unet/a[1].json"], allow_patterns=options["allow_patterns"])
-    assert list(kept) == [n for n in [*STABLE, "unet/a[1].json"] if n in files_of([*STABLE, "unet/a[1].json"])]
+    assert all(name == "runway/sd" and options["revision"] == "main" for name, options in asked)
+    first, second = (options["allow_patterns"] for _, options in asked)
+    assert first == ["model_index.json"]  # which names the pipeline's parts
+    index = json.loads((pipeline / "model_index.json").read_text())
+    kept = list(filter_repo_objects(listed, allow_patterns=second))
+    assert sorted(kept) == sorted(files_of(listed, index=index))
+    assert "unet/a[1].json" in kept and not any(name.startswith("vae_1_0/") for name in kept)
 
 
 def test_what_cannot_be_used_of_a_pipeline_is_told_when_it_is_imported(tmp_path, capsys, originals):
@@ -224,6 +244,14 @@ def test_a_snapshot_of_edm_becomes_a_teacher(snapshot, tmp_path, capsys):  # noq
     for name in ("t", "again"):
         assert_trees_equal(load_network(tmp_path / name), expected)
         assert Imported(tmp_path / name).process == expected.apply.process
+    process, key = expected.apply.process, jax.random.key(0)
+    x = jax.random.normal(key, (2, 8, 8, 3))
+    for rate, dropped in ((None, True), (0.5, True), (0.0, False)):  # EDM trained it with dropout
+        net = Imported(tmp_path / "t", dropout=rate).build(Data({}, (8, 8, 3), 4), process, key)
+        params = {name: 0.1 * jax.random.normal(key, p.shape) for name, p in net.params.items()}
+        call = jax.jit(lambda net, key: net(x, 1.0, jnp.zeros(2, int), key=key))
+        moved = np.abs(call(net.replace(params=params), key) - call(net.replace(params=params), None)).max()
+        assert (moved > 1e-3) == dropped
     (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert main(["import", str(tmp_path / "evil.pkl"), "--to", str(tmp_path / "evil")]) == 2
     assert "system" in capsys.readouterr().err and not (tmp_path / "evil").exists()
@@ -393,9 +421,13 @@ def test_commands_from_a_folder_of_diffusers_to_one(teacher, tmp_path, monkeypat
     assert main(["distill", str(tmp_path / "e.py"), "--workdir", run]) == 0
     assert main(["sample", run, "--out", str(tmp_path / "x.npz"), "--n", "4", "--steps", "2"]) == 0
     assert main(["export", run, "--to", out, "--steps", "2", "--dtype", "fp16"]) == 0
+    assert "LCMScheduler, timesteps=[999, " in capsys.readouterr().err
+    assert main(["export", run, "--to", lora, "--lora", "2"]) == 2
+    assert "no LoRA file into a DiTTransformer2DModel" in " ".join(capsys.readouterr().err.split())
+    assert not Path(lora).exists()
+    monkeypatch.setattr("ddistill.hub.save.WITH_LORA", ("DiTTransformer2DModel",))  # as if diffusers had a loader
     assert main(["export", run, "--to", lora, "--lora", "2"]) == 0
     told = capsys.readouterr().err
-    assert "LCMScheduler, timesteps=[999, " in told
     assert float(told.split("what was learned is ")[1].split()[0]) < 1e-2
     assert sorted(p.name for p in Path(out).iterdir()) == [
         "README.md", "model_index.json", "scheduler", "transformer", "vae"

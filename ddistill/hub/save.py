@@ -38,6 +38,12 @@ _PIPELINES = {"CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
 """Pipelines of a UNet without text by their scheduler; others are a DDPMPipeline's."""
 
 
+WITH_LORA = (
+    "UNet2DConditionModel", "SanaTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+)  # fmt: skip
+"""Networks whose pipelines in diffusers load a LoRA file."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a student is sampled by diffusers, and the same with ddistill.
@@ -285,8 +291,15 @@ def export_lora(
     """Write what a student learned, its delta, as a LoRA file with a scheduler and a model card beside it.
 
     Others as in `export_student`. drop_target: leaves out what it learned of the time it jumps to and of guidance,
-    which are not the network's in diffusers. Raises ValueError where that is not nothing, and as `save_lora` does.
+    which are not the network's in diffusers. Raises ValueError where that is not nothing, for networks into which
+    diffusers loads no such file, and as `save_lora` does.
     """
+    config = config_of(student, teacher)
+    if config["_class_name"] not in WITH_LORA:
+        raise ValueError(
+            f"diffusers loads no LoRA file into a {config['_class_name']}, only into {', '.join(WITH_LORA)}: export "
+            "the whole network, without --lora"
+        )
     made = recipe(student, process, times, gamma, _scheduler_of(teacher))
     extra = sorted(path for path, value in update.items() if path.startswith(OURS) and _is_any(value))
     if extra and not drop_target:
@@ -296,7 +309,7 @@ def export_lora(
         )
     kept = {path: value for path, value in update.items() if not path.startswith(OURS)}
     with written_whole(Path(to)) as part:
-        save_lora(part, kept, student.params, kind_of(config_of(student, teacher)).folder)
+        save_lora(part, kept, student.params, kind_of(config).folder)
         (part / "scheduler").mkdir()
         _write_json(part / "scheduler" / "scheduler_config.json", made.scheduler)
         card = _card(made, _guidance(student, guidance), about, lora=True)
@@ -331,8 +344,9 @@ def save_lora(to: Path | str, update: Delta, params: Mapping[str, Any], part: st
     """Write a delta as pytorch_lora_weights.safetensors, which `load_lora_weights` of diffusers reads.
 
     params: of the network that it is for. part: "unet" or "transformer", what the pipeline calls the network. B holds
-    the factor α/r, so that alpha is the rank. Updates that are 0 are left out. Raises ValueError for what such a file
-    cannot hold: biases, embeddings and parameters trained whole.
+    the factor α/r, so that alpha is the rank. Lower ranks are filled up with zeros to the highest, as not all versions
+    of diffusers scale layers of several ranks rightly. Updates that are 0 are left out. Raises ValueError for what
+    such a file cannot hold: biases, embeddings and parameters trained whole.
     """
     changed = {path: value for path, value in update.items() if _is_any(value)}
     whole = [path for path, value in changed.items() if not (isinstance(value, LowRank) and path.endswith(".kernel"))]
@@ -342,8 +356,9 @@ def save_lora(to: Path | str, update: Delta, params: Mapping[str, Any], part: st
             f"{f' and {len(whole) - 8} more' * (len(whole) > 8)}"
         )
     arrays: dict[str, np.ndarray] = {}
+    rank = max((value.down.shape[-1] for value in changed.values() if isinstance(value, LowRank)), default=0)
     for path, value in changed.items():
-        for name, a, b in _factors(path, value, np.shape(params[path])):
+        for name, a, b in _factors(path, value, np.shape(params[path]), rank):
             arrays |= {f"{part}.{name}.lora_A.weight": a, f"{part}.{name}.lora_B.weight": b}
     to = Path(to)
     to.mkdir(parents=True, exist_ok=True)
@@ -356,10 +371,12 @@ def _is_any(value: Array | LowRank) -> bool:
     return bool(np.any(np.asarray(value)))
 
 
-def _factors(path: str, value: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _factors(path: str, value: Any, shape: tuple[int, ...], rank: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Names of layers, and A [r, in, ...] and B [out, r, ...] in PyTorch's layout, for each block of a stack."""
     for tensor in tensors_of(path, shape):
         down, up = (np.asarray(a if tensor.block is None else a[tensor.block]) for a in (value.down, value.up))
+        missing = rank - down.shape[-1]
+        down, up = np.pad(down, ((0, 0), (0, missing))), np.pad(up, ((0, missing), (0, 0)))
         *taps, inward, out = shape if tensor.block is None else shape[1:]
         a = down.reshape(*taps, inward, -1)
         b = up.reshape(*(1 for _ in taps), -1, out)

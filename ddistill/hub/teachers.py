@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from ddistill.hub.configs import kind_of, read_json
 from ddistill.hub.load import PARTS, open_config, open_diffusion, open_weights, parts_of, plan
 from ddistill.hub.pickles import checkpoint_tensors, edm_snapshot
-from ddistill.hub.tensors import STEMS, weights_among, weights_file
+from ddistill.hub.tensors import STEMS, variant_among, weights_among, weights_file
 from ddistill.net import Preconditioning, from_nnx
 from ddistill.networks.dit import as_flow, from_original, original_config
 from ddistill.networks.layers import rngs_of
@@ -90,7 +90,7 @@ def import_teacher(
     folder = find(source, variant, revision)
     network, scheduler = parts_of(folder)
     pickled = any(name.endswith(".bin") for name in _weights_of(network, variant))
-    summary = None if pickled else check_teacher(folder, variant)
+    summary = None if pickled else check_teacher(folder, variant_among(_names(network), variant))
     with written_whole(to) as part:
         if scheduler is None:  # a network of EDM, imported before
             _copy(network, part, variant)
@@ -209,7 +209,12 @@ def find(source: Path | str, variant: str | None = None, revision: str | None = 
 
     try:
         try:
-            names = files_of(HfApi().list_repo_files(str(source), revision=revision), variant)
+            names = HfApi().list_repo_files(str(source), revision=revision)
+            index = None
+            if "model_index.json" in names:
+                at = Path(snapshot_download(str(source), revision=revision, allow_patterns=["model_index.json"]))
+                index = read_json(at / "model_index.json", "the parts of a pipeline")
+            names = files_of(names, variant, index)
         except OfflineModeIsEnabled:
             names = None  # what was downloaded before
         patterns = None if names is None else [glob.escape(name) for name in names]
@@ -220,10 +225,11 @@ def find(source: Path | str, variant: str | None = None, revision: str | None = 
         ) from error
 
 
-def files_of(names: Sequence[str], variant: str | None = None) -> list[str]:
+def files_of(names: Sequence[str], variant: str | None = None, index: Mapping[str, Any] | None = None) -> list[str]:
     """Of all files of a pipeline on the hub those that are needed: configurations, vocabularies, and weights once.
 
-    Raises ValueError where the denoiser has weights of other variants alone.
+    index: its model_index.json; folders that are no part of the pipeline, as SDXL's vae_1_0, are left out. Raises
+    ValueError where the denoiser has weights of other variants alone.
     """
     folders: dict[str, list[str]] = {}
     for name in names:
@@ -232,7 +238,8 @@ def files_of(names: Sequence[str], variant: str | None = None) -> list[str]:
     alone = not set(PARTS) & set(folders)  # the denoiser lies at the root
     wanted = []
     for folder, files in folders.items():
-        if folder.count("/"):
+        of_pipeline = index is None or folder in ("", *PARTS, "scheduler") or folder in index
+        if folder.count("/") or not of_pipeline:
             continue
         weights = weights_among(files, variant) if folder or alone else []
         if (folder in PARTS or (alone and not folder)) and not weights:
@@ -274,7 +281,11 @@ def _copy(folder: Path, to: Path, variant: str | None) -> None:
 
 
 def _weights_of(folder: Path, variant: str | None) -> list[str]:
-    return weights_among([path.name for path in folder.iterdir()], variant)
+    return weights_among(_names(folder), variant)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def _copy_weights(folder: Path, to: Path, variant: str | None) -> None:
@@ -283,10 +294,8 @@ def _copy_weights(folder: Path, to: Path, variant: str | None) -> None:
         tensors = {n: np.ascontiguousarray(a) for name in pickles for n, a in checkpoint_tensors(folder / name).items()}
         save_file(tensors, to / f"{STEMS[pickles[0].startswith('pytorch_model')]}.safetensors")
         return
-    try:
-        first = weights_file(folder, variant)
-    except FileNotFoundError:
-        first, variant = weights_file(folder), None
+    variant = variant_among(_names(folder), variant)
+    first = weights_file(folder, variant)
     plain = "" if variant is None else f".{variant}"
     files = [first.name]
     if first.suffix == ".json":

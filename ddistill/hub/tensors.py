@@ -98,13 +98,22 @@ def open_tensors(path: Path | str, variant: str | None = None) -> StoredTensors:
 
 def weights_among(names: Iterable[str], variant: str | None = None) -> list[str]:
     """Of the names of a folder's files those of its weights: of the variant, or else without one; pickles last."""
+    return _among(names, variant)[1]
+
+
+def variant_among(names: Iterable[str], variant: str | None = None) -> str | None:
+    """The variant of the weights that `weights_among` gives: the one asked for, or None."""
+    return _among(names, variant)[0]
+
+
+def _among(names: Iterable[str], variant: str | None) -> tuple[str | None, list[str]]:
     found: dict[tuple[str, str | None], list[str]] = {}
     for name in names:
         if match := _FILE.fullmatch(name):
             before, after, kind, of_index = match.groups()
             found.setdefault((kind, before or after or of_index), []).append(name)
     wanted = [(kind, of) for kind in ("safetensors", "bin") for of in (variant, None)]
-    return next((found[key] for key in wanted if key in found), [])
+    return next(((key[1], found[key]) for key in wanted if key in found), (None, []))
 
 
 def weights_file(folder: Path, variant: str | None = None) -> Path:
