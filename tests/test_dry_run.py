@@ -12,6 +12,7 @@ from ddistill.config import Imported, MLPNetwork, Teacher
 from ddistill.dry_run import dry_run
 from ddistill.hub.weights import OURS
 from ddistill.lora import adapt
+from ddistill.net import module_of
 from ddistill.runs import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -40,14 +41,17 @@ def shrunk(experiment):
     return dataclasses.replace(experiment, published=dataclasses.replace(experiment.published, config=config))
 
 
-LEVEL = {"cifar10_dmd": "dec.32x32_in1", "imagenet64_dmd": "dec.64x64_in1"}
-"""The layer at the bottleneck of EDM's networks, where these have but one level."""
+FLAGS = {
+    "cifar10_dmd": ["--method.other.adversary.network.layers", "enc.32x32_block0"],
+    "imagenet64_dmd": ["--method.other.adversary.network.layers", "dec.64x64_in1"],
+    "imagenet64_ctm": ["--method.last-layer", "dec.64x64_block1.conv1.kernel"],
+}
+"""Names of layers of EDM's networks, where these have one level and few blocks."""
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_published_settings_build_and_trace(path):
-    flags = ["--method.other.adversary.network.layers", LEVEL[path.stem]] if path.stem in LEVEL else []
-    experiment = shrunk(load_experiment(path, flags))
+    experiment = shrunk(load_experiment(path, FLAGS.get(path.stem, [])))
     done = dry_run(experiment, max(8, experiment.fsdp))
     assert [note.split(":")[0] for note in done.notes] == ["data", "teacher"]
     for stage in done.stages:
@@ -72,6 +76,28 @@ def test_published_settings_build_and_trace(path):
 def test_published_networks_have_their_parameters(name, size):
     net = Imported(Path("nowhere")).abstract(getattr(published, name)())
     assert sum(leaf.size for path, leaf in net.params.items() if not path.startswith(OURS)) == size
+
+
+@pytest.mark.parametrize("path", [p for p in PUBLISHED if p.stem in FLAGS], ids=lambda p: p.stem)
+def test_layers_that_settings_name_are_in_the_networks(path):
+    experiment = load_experiment(path)
+    net, method = experiment.network.abstract(experiment.published), experiment.method
+    if path.stem == "imagenet64_ctm":
+        assert net.params[method.last_layer].shape == (3, 3, 192, 192)
+        return
+    layers = method.other.adversary.network.layers
+    assert all(any(name.startswith(f"{layer}.") for name in net.params) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PUBLISHED if p.stem.startswith(("cifar10", "imagenet64"))], ids=lambda p: p.stem
+)
+def test_students_of_edm_drop_what_the_authors_drop(path):
+    """Nothing, but for CTM on CIFAR-10, whose code leaves the network at its .13."""
+    experiment = load_experiment(path)
+    net = experiment.network.abstract(experiment.published)
+    module = module_of(net)[0](net.params, net.rest)
+    assert module.config.dropout == (0.13 if path.stem == "cifar10_ctm" else 0.0)
 
 
 def test_the_adapters_of_lcm_lora_have_theirs():

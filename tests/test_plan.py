@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from test_dry_run import LEVEL, shrunk
+from test_dry_run import FLAGS, shrunk
 
 from ddistill.cli import main
 from ddistill.config import Imported, MLPNetwork, Teacher
@@ -528,11 +528,10 @@ def test_published_experiments_compile_for_tpus(path, topology, monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'ddistill[tpu]'")
     for name, value in aot.environment().items():
         monkeypatch.setenv(name, value)
-    flags = ["--method.other.adversary.network.layers", LEVEL[path.stem]] if path.stem in LEVEL else []
-    experiment = shrunk(load_experiment(path, flags))
+    experiment = shrunk(load_experiment(path, FLAGS.get(path.stem, [])))
     known = experiment.published
     side = min(SIDE, known.shape[0])
-    if path.stem in LEVEL:  # whose bottleneck has a name with the side in it
+    if path.stem in FLAGS:  # whose layers have names with the side in them
         side = known.shape[0]
     prompt = known.prompt and {n: (WORDS, s[1]) if n == "states" else s for n, s in known.prompt.items()}
     known = dataclasses.replace(known, shape=(side, side, known.shape[2]), prompt=prompt)

@@ -1,8 +1,9 @@
 """Multistep consistency of DiT-XL/2 on ImageNet 256 × 256, in 1, 2, 4 and 8 steps (Heek et al. 2024).
 
-Their recipe for ImageNet: Adam at 1e-4, EMA .9999, N from 64 to 1280 intervals, 200 k steps, batch 2048. They trained
-UViTs on pixels; this is the same on DiT's latents, one student for all numbers of steps, at DiT's guidance of 1.5
-(Peebles & Xie 2022, table 4).
+Their recipe for ImageNet: Adam at 1e-4, EMA .9999, N from 64 to 1280 intervals, 200 k steps, batch 2048. Their N grows
+evenly in log N over 100 k steps and stays; here it doubles at six equal spans, the last of 1280. They trained UViTs on
+pixels; this is the same on DiT's latents, one student for all numbers of steps, at a guidance of 1.5 (Peebles & Xie
+2022, table 4, who guide three of the four channels; here all).
 """
 
 from pathlib import Path

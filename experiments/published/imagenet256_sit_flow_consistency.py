@@ -1,7 +1,8 @@
 """Consistency on the flow of SiT-XL/2, ImageNet 256 × 256: f(x, t) = x − t û (Yang et al. 2024; Ma et al. 2024).
 
-With Euler steps on 18 intervals, RAdam at 1e-4, batch 1024, EMA .9999 (settings of consistency distillation on
-CIFAR-10, Song et al. 2023, table 3, at the learning rate of SiT), the teacher guided at SiT's 1.5.
+With Euler steps on 18 intervals, RAdam and EMA .9999 as in consistency distillation on CIFAR-10 (Song et al. 2023,
+table 3, with batch 512 and 800 k steps), at the learning rate of SiT, 1e-4, the teacher guided at SiT's 1.5; batch and
+steps are ours.
 """
 
 from pathlib import Path

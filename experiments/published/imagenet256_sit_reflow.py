@@ -1,9 +1,9 @@
 """2-RF of SiT-XL/2 on ImageNet 256 × 256 by rf++: U-shaped times, and its pairs made batch by batch (Lee et al. 2024).
 
-rf++ on ImageNet 64 × 64 (sec. 5): Adam at 1e-4, batch 2048, 700 k steps, times ∝ e^{4u} + e^{4(1−u)}, a pseudo-Huber
-velocity loss weighted by 1 − t, pairs by Heun; here 40 Euler-type steps of a multistep solver for each batch, at SiT's
-guidance of 1.5, and no LPIPS, which latents do not have. `ddistill pairs` makes the pairs once instead, for --data
-PairsData.
+rf++ on ImageNet 64 × 64 (sec. 5, sangyun884/rfpp): Adam at 1e-4, warm-up of 2500 steps, batch 2048, 700 k steps, EMA
+.9999, times ∝ e^{4u} + e^{4(1−u)}, a pseudo-Huber velocity loss weighted by 1 − t, pairs by Heun; here 40 Euler-type
+steps of a multistep solver for each batch, at SiT's guidance of 1.5, and no LPIPS, which latents do not have.
+`ddistill pairs` makes the pairs once instead, for --data PairsData.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def experiment() -> Experiment:
         published=published.sit_xl_2(),
         guidance=1.5,
         method=Reflow(k=2, nodes=0, regression=velocity, count=0, teacher_steps=40, integrator=dpmpp_2m),
-        optimizer=Optimizer(learning_rate=1e-4, warmup=5000, decay=False),
+        optimizer=Optimizer(learning_rate=1e-4, warmup=2500, decay=False),
         steps=700_000,
         batch_size=2048,
         fsdp=8,

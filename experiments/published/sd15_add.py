@@ -1,8 +1,9 @@
 """Adversarial diffusion distillation of Stable Diffusion 1.5 in one to four steps (ADD, Sauer et al. 2023).
 
-λ = 2.5, c(t) = α_t, hinge loss, R1 of 1e-5 on features, four times of the student, batch 128, 4 k steps (sec. 4; the
-learning rate is not given: 1e-5 is ours). ADD's heads look at pictures through DINOv2; these look at latents through
-the teacher, at x_t of a logit-normal law (1, 1), as LADD's do (Sauer et al. 2024, sec. 3).
+λ = 2.5, c(t) = α_t, hinge loss, R1 of 1e-5 on features, four times of the student, the first of them T, batch 128, 4 k
+steps (sec. 4). Ours are the learning rate of 1e-5, the other times of 750, 500 and 250, the EMA of .999 and the
+teacher's guidance of 7.5, none of which it gives. ADD's heads look at pictures through DINOv2; these look at latents
+through the teacher, at x_t of a logit-normal law (1, 1), as LADD's do (Sauer et al. 2024, sec. 3).
 """
 
 from pathlib import Path
