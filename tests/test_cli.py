@@ -134,7 +134,7 @@ def test_the_flags_of_an_experiment_are_listed(capsys):
 
 
 def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (20, 0))
+    monkeypatch.setattr(commands.judged, "COUNT", 20)
     file = tmp_path / "table.json"
     assert main(["evaluate", str(finished), "--steps", "1", "2", "--seed", "3", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["flags"] == ["--steps", "1", "2", "--seed", "3"]
@@ -156,7 +156,7 @@ def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path,
 
 
 def test_quickstart_leaves_an_ordinary_run_with_pictures_and_numbers(tmp_path, monkeypatch, one_device):
-    monkeypatch.setattr(commands.judged.evaluate, "__defaults__", (20, 0))
+    monkeypatch.setattr(commands.judged, "COUNT", 20)
     out = tmp_path / "quick"
     assert main(["quickstart", "--out", str(out), *TINY]) == 0
     assert Image.open(out / "samples.png").size[0] > 20 * 40

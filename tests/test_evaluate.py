@@ -149,6 +149,14 @@ def test_a_killed_evaluation_goes_on_after_its_last_row(run, monkeypatch, capsys
     assert main(["evaluate", str(run), *ARGV]) == 0 and not done
 
 
+def test_the_flags_beside_rows_make_all_of_them_again(run):
+    argv = ["evaluate", str(run), *ARGV[:-3]]
+    assert main([*argv, "--steps", "1"]) == 0 and main([*argv, "--steps", "2"]) == 0
+    table = read(run)
+    assert {row["steps"] for row in table["rows"] if row["sampler"] == "student"} == {1, 2}
+    assert table["flags"][:3] == ["--steps", "1", "2"] and table["date"].startswith("20")
+
+
 def test_another_evaluation_in_the_folder_is_refused(run, capsys):
     folder = run / "evaluation"
     folder.mkdir()

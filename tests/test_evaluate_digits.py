@@ -112,6 +112,8 @@ def test_rows_are_kept_in_a_folder_if_one_is_given(tmp_path, capsys, monkeypatch
     assert main(argv) == 0 and drawn == [20, 20]
     first = json.loads((tmp_path / "e" / "table.json").read_text())["rows"]
     assert main(argv) == 0 and drawn == [20, 20], "both rows are there"
+    made = json.loads((tmp_path / "e" / "table.json").read_text())["made"]
+    assert (made["of"], made["samples"], made["seed"]) == ("digits, by pixels", 20, 0)
     assert json.loads((tmp_path / "e" / "table.json").read_text())["rows"] == first
     assert [row["sampler"] for row in first] == ["held-out scans (floor)", "copies"]
     assert [(row["samples"], row["seed"]) for row in first] == [(len(digits.held_out_x), 0), (20, 0)]

@@ -308,22 +308,63 @@ def test_evaluations_of_each_kind_have_a_table_and_those_of_an_earlier_training_
         made = {"run": run, **made}
         value = {"made": made, "rows": [{"sampler": "student", "nfe": 1, "seed": 3, **row}]}
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
-        os.utime(folder / name, (1, len(list(folder.glob("*.json")))))
 
     now = fingerprint(folder)
     write("pixels.json", now, {"accuracy": 0.9, "samples": 2000}, of="digits, by pixels")
     write("fid.json", now, {"fid": 40.0, "samples": 200, "notes": ["200 samples, fewer"]}, metrics=["fid"])
     write("kid.json", "another", {"kid": 1.0}, metrics=["kid"])
     (group,) = groups_of(find([folder])[0], {})
-    assert [table.title for table in group.tables] == ["digits, by pixels", "by networks' features"]
+    assert [table.title for table in group.tables] == ["by networks' features", "digits, by pixels"]
     assert [dict(table.lines[0].values) for table in group.tables] == [
-        {"accuracy": 0.9, "samples": 2000}, {"fid": 40.0, "samples": 200},
+        {"fid": 40.0, "samples": 200}, {"accuracy": 0.9, "samples": 2000},
     ]  # fmt: skip
-    assert [table.words for table in group.tables] == ["Samples of seed 3", "Samples of seed 3; 200 samples, fewer"]
+    assert [table.words for table in group.tables] == ["Samples of seed 3; 200 samples, fewer", "Samples of seed 3"]
     assert group.words == f"Of an earlier training, and left out: {folder / 'kid.json'}."
     write("fid.json", now, {"fid": 30.0}, metrics=["fid"])
     (group,) = groups_of(find([folder])[0], {})
-    assert group.tables[-1].lines[0].values == {"fid": 30.0}
+    assert group.tables[0].lines[0].values == {"fid": 30.0}
+
+
+def test_numbers_that_do_not_compare_stand_in_tables_of_their_own(runs, tmp_path):
+    record = (runs / "a" / "experiment.json").read_text("utf-8")
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.json").write_text(record, "utf-8")
+
+    def write(file, fid, date=None, *, row=None, **made):
+        network = {"name": "inception-v3", "digest": "0123456789abcdef", "preprocessing": "clean, 299 pixels"}
+        made = {"networks": {"inception": network}, "reference": None, "samples": 200, "seed": 0, **made}
+        made |= {"run": fingerprint(file.parent), "metrics": ["fid"], "batch_size": 64}
+        rows = [
+            {"sampler": "teacher, Heun", "nfe": 35, "fid": fid / 2},
+            {"sampler": "student", "nfe": 1, **({"fid": fid} if row is None else row)},
+        ]
+        file.write_text(json.dumps({"made": made, "rows": rows} | ({"date": date} if date else {})), "utf-8")
+
+    def shown(*folders):
+        (group,) = groups_of(find(folders)[0], {})
+        return {table.title: [(line.label, dict(line.values)) for line in table.lines] for table in group.tables}
+
+    x, y = tmp_path / "x", tmp_path / "y"
+    write(x / "a.json", 40.0)
+    write(y / "a.json", 30.0)
+    # Judged alike, runs share a table, and their one teacher a line.
+    alike = [("teacher, Heun", {"fid": 20.0}), ("x", {"fid": 40.0}), ("y", {"fid": 30.0})]
+    assert shown(x, y) == {"": alike}
+    write(y / "b.json", 35.0, samples=100)
+    write(y / "c.json", 33.0, reference=["photos", "fedcba9876543210"])
+    title = "by networks' features: reference {}; samples {}"
+    assert shown(x, y) == {
+        title.format("the run's data", 200): alike,
+        title.format("the run's data", 100): [("teacher, Heun", {"fid": 17.5}), ("y", {"fid": 35.0})],
+        title.format("photos, fedcba98", 200): [("teacher, Heun", {"fid": 16.5}), ("y", {"fid": 33.0})],
+    }
+    # What was written last is told by the file, since times of files change when they are copied; of another metric
+    # the number stays.
+    write(x / "a.json", 41.0, "2026-02-03T00:00:00+00:00")
+    write(x / "b.json", 42.0, "2026-02-02T00:00:00+00:00", row={"fid": 43.0, "kid": 0.5})
+    os.utime(x / "a.json", (1, 1))
+    assert shown(x)[""][-1] == ("x", {"fid": 41.0, "kid": 0.5})
 
 
 def test_the_samples_of_a_page_are_the_runs_samples_from_one_noise(written_page, runs):

@@ -39,6 +39,7 @@ from ddistill.cli import (
 )
 from ddistill.cli.evaluate import by_pixels, digits_of, evaluate, judge_digits, samplers_of
 from ddistill.cli.output import cell, say, screen, write_json
+from ddistill.cli.rows import write_copies
 from ddistill.config import Imported
 from ddistill.data.pair_store import open_pairs, write_pairs
 from ddistill.dry_run import DryRun, dry_run
@@ -378,7 +379,7 @@ def compare(command: Compare, stop: Stop) -> None:
     for name in (e.name for e in experiments):  # for `ddistill report`
         own = [row for row in rows if row["train_s"] is None or row["sampler"] == name]
         folder = command.workdir / name
-        write_json(folder / "compare.json", {"made": by_pixels(folder), "rows": own})
+        write_copies(folder / "compare.json", None, {"made": by_pixels(folder), "rows": own})
     picture = command.out.with_suffix(".png")
     lines, references = front(rows)
     trade_off(picture, lines, references=references, title="Digits: students of one teacher, over network calls")

@@ -1,6 +1,7 @@
 """`ddistill evaluate` on digits, by their pixels; with networks' features `ddistill.cli.study` does it."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from ddistill import sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.output import cell, screen, words_of
-from ddistill.cli.rows import fingerprint, keep_row, kept_rows, write_copies, write_table
+from ddistill.cli.rows import fingerprint, keep_row, kept_rows, steps_in, write_copies, write_table
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
 from ddistill.data.pairs import gathered
@@ -47,8 +48,14 @@ def evaluate(command: Evaluate) -> None:
     plan = samplers_of(opened, steps_of(opened, command.steps))
     judge_digits(
         digits, opened, plan, command.run, json=command.json, csv=command.csv, likelihood=command.likelihood,
-        count=command.samples, seed=command.seed, out=command.out, flags=words_of(command, UNJUDGED),
+        count=command.samples, seed=command.seed, out=command.out, flags=lambda rows: flags_of(command, rows),
     )  # fmt: skip
+
+
+def flags_of(command: Evaluate, rows: Sequence[Row]) -> list[str]:
+    """The flags that make all these rows, of which earlier calls may have made some with other --steps."""
+    steps = steps_in(rows)
+    return words_of(dataclasses.replace(command, steps=steps) if steps else command, UNJUDGED)
 
 
 def samplers_of(opened: Opened, steps: Sequence[int]) -> list[Sampler]:
@@ -89,9 +96,10 @@ def digits_of(opened: Opened) -> Digits:
     return load_digits(data.seed)
 
 
-def by_pixels(run: Path) -> dict[str, str]:
-    """What tables of a run's digits are of."""
-    return {"run": fingerprint(run), "of": "digits, by pixels"}
+def by_pixels(run: Path, count: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """What tables of a run's digits are of; count: samples of each sampler, by default as many as usual."""
+    samples = judged.COUNT if count is None else count
+    return {"run": fingerprint(run), "of": "digits, by pixels", "samples": samples, "seed": seed}
 
 
 _TABLE = {
@@ -122,11 +130,12 @@ def judge_digits(
     count: int | None = None,
     seed: int = 0,
     out: Path | None = None,
-    flags: Sequence[str] = (),
+    flags: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: (),
 ) -> None:
     """Print the table, and write it to json and csv.
 
-    out: a folder for the rows of `run`, in which they are kept. flags: of the command, which are written beside them.
+    out: a folder for the rows of `run`, in which they are kept. flags: those that make rows, which are
+    written beside them.
     """
     shown = {name: column for name, column in _TABLE.items() if likelihood or name != "nll"}
     caption = (
@@ -138,13 +147,13 @@ def judge_digits(
     table = Table(
         *(title for title, _ in shown.values()), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )  # narrow: twelve columns on one screen
-    options: dict[str, Any] = {"likelihood": gathered(opened.teacher) if likelihood else None, "seed": seed}
-    if count is not None:
-        options["count"] = count
     rows: list[Row] = []
-    made = by_pixels(run)
+    made = by_pixels(run, count, seed)
+    options: dict[str, Any] = {
+        "count": made["samples"], "seed": seed, "likelihood": gathered(opened.teacher) if likelihood else None,
+    }  # fmt: skip
     if out is not None:
-        rows = kept_rows(out, {**made, **options, "likelihood": likelihood})
+        rows = kept_rows(out, {**made, "likelihood": likelihood})
         options["have"] = {(row["sampler"], row["steps"]) for row in rows}
 
     def show(row: Row) -> None:
@@ -158,7 +167,7 @@ def judge_digits(
             show(row)
             if out is not None:
                 keep_row(out, row)
-    value = {"made": made, "flags": list(flags), "rows": rows}
+    value = {"made": made, "flags": list(flags(rows)), "rows": rows}
     if out is not None:
         write_table(out, value)
     write_copies(json, csv, value)

@@ -1,7 +1,6 @@
 """Runs as parts of a report: what their folders tell, and samples drawn from those that are finished."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 
 from ddistill import grids
 from ddistill.cli.networks import conditions_for
-from ddistill.cli.rows import fingerprint
+from ddistill.cli.report_judged import Judged, digest, evaluations, titles
 from ddistill.cli.study import decoder, models_of, on_latents
 from ddistill.config import Data
 from ddistill.evaluate.real import images_of
@@ -31,15 +30,6 @@ from ddistill.sample import matched_noise
 
 _USUAL = 18  # steps of Heun's method: 35 calls, the teacher's usual cost
 _PATHS = 160
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The rows of evaluations of one kind, what judged them, and the flags of each."""
-
-    what: str
-    rows: Sequence[Mapping[str, Any]]
-    flags: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -107,42 +97,8 @@ def _read(folder: Path, name: str) -> Found:
     teaches = what_teaches(config)
     return Found(
         name, folder, config, record["overrides"], record["version"],
-        _digest([teaches["data"], teaches["process"]]), _digest(teaches), *_evaluations(folder), _curves(folder),
+        digest([teaches["data"], teaches["process"]]), digest(teaches), *evaluations(folder), _curves(folder),
     )  # fmt: skip
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _evaluations(folder: Path) -> tuple[list[Judged], str]:
-    """What all files of evaluations in the folder say, kind by kind, and words on those of an earlier training.
-
-    The newest last: of the same kind, sampler and cost it counts.
-    """
-    rows: dict[str, dict[tuple, Mapping[str, Any]]] = {}
-    flags: dict[str, dict[tuple[str, ...], None]] = {}
-    old = []
-    files = [*folder.glob("*.json"), *folder.glob("evaluation/*.json")]
-    now = fingerprint(folder)
-    for path in sorted(files, key=lambda p: p.stat().st_mtime):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        here, made = (value.get("rows"), value.get("made")) if isinstance(value, dict) else (None, None)
-        found = [row for row in here if isinstance(row, dict) and "sampler" in row] if isinstance(here, list) else []
-        if not found:
-            continue
-        made = made if isinstance(made, dict) else {}
-        if made.get("run", now) != now:
-            old.append(str(path))
-            continue
-        what = made.get("of") or ("by networks' features" if made else "")
-        rows.setdefault(what, {}).update({(row["sampler"], row.get("nfe")): row for row in found})
-        flags.setdefault(what, {})[tuple(map(str, value.get("flags", ())))] = None
-    words = f"Of an earlier training, and left out: {', '.join(old)}." if old else ""
-    return [Judged(what, list(r.values()), [list(f) for f in flags[what]]) for what, r in rows.items()], words
 
 
 def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -313,9 +269,11 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
             )
 
         named: dict[str, list[tuple[str | None, Mapping[str, Any]]]] = {}
+        ways: dict[str, Mapping[str, Any]] = {}
         for run in runs:
             for judged in run.judged:
-                named.setdefault(judged.what, []).extend(
+                ways[judged.key] = judged.made
+                named.setdefault(judged.key, []).extend(
                     (run.name, row) if is_student(row) else (None, {**row, "sampler": of(run.teacher, row["sampler"])})
                     for row in judged.rows
                 )
@@ -332,7 +290,7 @@ def groups_of(found: Sequence[Found], shown: Mapping[str, Shown]) -> list[Group]
         said = [words, *(run.words for run in runs), *(s.words for _, s in there)]
         groups.append(Group(
             str(runs[0].config["data"].get("type", "data")).rpartition(".")[2].removesuffix("Data").lower(),
-            [table(rows, what if len(named) > 1 else "") for what, rows in named.items()],
+            [table(named[key], title) for key, title in zip(ways, titles(list(ways.values())), strict=True)],
             [*references, *labelled],
             [dataclasses.replace(m, label=label) for label, m in paths.items()],
             words=" ".join(dict.fromkeys(filter(None, said))),

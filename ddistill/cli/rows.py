@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,18 @@ def write_table(folder: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_copies(json_file: Path | None, csv_file: Path | None, value: Mapping[str, Any]) -> None:
-    """Write the same to the files that are named; of several processes the first does."""
+    """Write the same to the files that are named, as JSON with the date; of several processes the first does."""
     if jax.process_index() != 0:
         return
     if json_file is not None:
-        write_json(json_file, dict(value))
+        write_json(json_file, {"date": datetime.now(UTC).isoformat(timespec="microseconds"), **value})
     if csv_file is not None:
         write_csv(csv_file, value["rows"])
+
+
+def steps_in(rows: Sequence[Row]) -> tuple[int, ...]:
+    """The steps of the student's rows: those that --steps must name to make all of them again."""
+    return tuple(sorted({row["steps"] for row in rows if row["sampler"] == "student"}))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
-from ddistill.cli.evaluate import UNJUDGED, steps_of
+from ddistill.cli.evaluate import flags_of, steps_of
 from ddistill.cli.networks import conditions_for, open_networks, read_prompts, text_embeddings
-from ddistill.cli.output import cell, say, screen, words_of
+from ddistill.cli.output import cell, say, screen
 from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
 from ddistill.config import Experiment, Imported, PairsData
 from ddistill.datasets import LatentFolder
@@ -117,7 +117,7 @@ def study(command: Evaluate, opened: Opened) -> None:
     told = {name: real.about.get(name) for name in ("source", "images", "resolution")}
     value = {
         "made": made,
-        "flags": words_of(command, UNJUDGED),
+        "flags": flags_of(command, rows),
         "reference": told,
         "how": {name: METRICS[name].how for name in names},
         "notes": list(notes),

@@ -24,6 +24,9 @@ from ddistill.process import Process
 
 Row = dict[str, Any]
 
+COUNT = 2000
+"""Samples of each sampler where no other number is asked for."""
+
 FLOOR = "held-out scans (floor)"
 """The name of the row of scans that no network saw."""
 
@@ -32,7 +35,7 @@ def evaluate(
     digits: Digits,
     process: Process,
     plan: Sequence[Sampler],
-    count: int = 2000,
+    count: int = COUNT,
     seed: int = 0,
     *,
     likelihood: Net | None = None,
