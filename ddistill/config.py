@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddistill.data import ArraySource, Source, label_dropout
-from ddistill.data.loading import Readable, loader, part_of
+from ddistill.data.loading import Readable, loader, part_of, released
 from ddistill.data.pair_store import PairStore, open_pairs
 from ddistill.divergence import Divergence
 from ddistill.hub.configs import kind_with, with_dropout
@@ -102,6 +102,7 @@ class Data:
         Of several processes each gets its own rows of a batch that depends on the seed and the step alone.
         """
         part = jax.process_index(), jax.process_count()
+        source: Source
         if self.items is not None:
             source = loader(self.items, batch_size, seed, part=part)
         else:
@@ -111,6 +112,11 @@ class Data:
             source = part_of(arrays, batch_size, part)
         none = self.none
         return source if none is None or not unlabelled else label_dropout(source, unlabelled, none, part=part)
+
+    def first(self, batch_size: int, seed: int) -> dict[str, Any]:
+        """The first batch of `source`, with all conditions, and no thread left that reads."""
+        with released(self.source(batch_size, seed, 0.0)) as source:
+            return source(0)
 
 
 class Dataset(Protocol):

@@ -224,7 +224,7 @@ def _imported(network: Imported, published: Published | None) -> tuple[Net, list
 def _batch(data: Data, size: int) -> PyTree:
     """The shapes of a first batch, which is read where there is data."""
     if data.items is not None or data.arrays:
-        first = data.source(size, 0, 0.0)(0)
+        first = data.first(size, 0)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), first)
     batch: dict[str, Any] = {"x": jax.ShapeDtypeStruct((size, *data.shape), np.dtype(np.float32))}
     if data.none is not None:

@@ -148,5 +148,5 @@ def _points(x: np.ndarray, real: np.ndarray, side: int = 256) -> np.ndarray:
 def _batch(data: Data, count: int, seed: int) -> dict[str, Any]:
     """A batch of data, and its conditions, the same in all processes."""
     count += -count % jax.process_count()
-    batch = data.source(count, seed, 0.0)(0)
+    batch = data.first(count, seed)
     return batch if jax.process_count() == 1 else process_allgather(batch, tiled=True)

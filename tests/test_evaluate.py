@@ -149,6 +149,25 @@ def test_a_killed_evaluation_goes_on_after_its_last_row(run, monkeypatch, capsys
     assert main(["evaluate", str(run), *ARGV]) == 0 and not done
 
 
+def test_what_conditions_are_read_from_is_closed_also_where_judging_fails(run, monkeypatch):
+    closed = []
+
+    class Read:
+        def __call__(self, number):
+            return labels_in_turn(3, 16)(number)
+
+        def close(self):
+            closed.append(1)
+
+    def judge(sampler, what):
+        what.conditions(0)
+        raise ValueError("no")
+
+    monkeypatch.setattr(study, "conditions_for", lambda *_: Read())
+    monkeypatch.setattr(study, "judge", judge)
+    assert main(["evaluate", str(run), *ARGV]) == 2 and closed == [1]
+
+
 def test_the_flags_beside_rows_make_all_of_them_again(run):
     argv = ["evaluate", str(run), *ARGV[:-3]]
     assert main([*argv, "--steps", "1"]) == 0 and main([*argv, "--steps", "2"]) == 0
@@ -410,6 +429,8 @@ def test_a_guided_student_has_a_guided_teacher_beside_it(method, monkeypatch, tm
     np.testing.assert_allclose(shade(draw(Asked(1, 2, 6))[1].x), expected, atol=1e-5)
     if scaled:
         np.testing.assert_allclose(shade(draw(Asked(1, 2, 6, guidance=3.0))[1].x), 1.5 * expected, atol=1e-5)
+        near = draw(Asked(1, 2, 6, guidance=3.0000005))[1]
+        assert near.first is not None and not np.array_equal(near.x, draw(Asked(1, 2, 6, guidance=3.0))[1].x)
     monkeypatch.setattr(commands, "open_run", lambda folder: opened)
     out = tmp_path / "x.npz"
     assert main(["sample", "run", "--teacher", "--steps", "2", "--n", "6", "--out", str(out)]) == 0

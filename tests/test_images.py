@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddistill import previews
 from ddistill.config import Data, Experiment, MLPNetwork, Teacher
+from ddistill.data import loading
 from ddistill.data.images import centre_crop, decode, folder_images, random_crop, tar_images, tar_index
 from ddistill.data.loading import Readable, Unreadable, loader, part_of
 from ddistill.data.rows import array_rows
 from ddistill.datasets import ArrayFile, ImageFolder, TarShards
+from ddistill.evaluate.quality import conditions_of
 from ddistill.log import Silent
 from ddistill.methods import KD
 from ddistill.runs import distil
@@ -464,6 +467,41 @@ def test_wrong_numbers_are_refused():
         loader(Numbers(0), 1)
 
 
+def test_what_needs_a_few_batches_closes_what_reads_them(monkeypatch):
+    class Labelled(Numbers):
+        def finish(self, item, rng):
+            return {"x": np.float32([item]), "cond": np.int32(item % 3)}
+
+    open_now = []
+
+    class Watched(loading.Reading):
+        def __init__(self, values):
+            super().__init__(values)
+            open_now.append(self)
+
+        def close(self):
+            super().close()
+            open_now.remove(self)
+
+    monkeypatch.setattr(loading, "Reading", Watched)
+    data = Data({}, (1,), 0, items=Readable(Labelled(10)), null=np.int32(3))
+    batch = previews._batch(data, 4, 5)
+    conditions = conditions_of(data, 4, 5)
+    assert not open_now
+    np.testing.assert_array_equal(conditions(0), batch["cond"])
+    np.testing.assert_array_equal(conditions(0), batch["x"][:, 0] % 3)
+    assert len(open_now) == 1
+    with loading.released(conditions):
+        conditions(1)
+    assert not open_now
+    np.testing.assert_array_equal(conditions(0), batch["cond"])  # it begins anew
+    conditions.close()
+    failing = loader(Readable(Numbers(3, frozenset(range(3)))), 2)
+    with pytest.raises(ValueError, match="none of 100 items"):
+        failing(0)
+    assert not open_now
+
+
 def test_batches_are_read_ahead_and_threads_end():
     class Slow(Numbers):
         def __getitem__(self, i):
@@ -504,7 +542,7 @@ def damaged(tmp_path):
     return write(tmp_path / "images", {**good, **bad})
 
 
-def test_unreadable_images_are_replaced_counted_and_named(damaged):
+def test_unreadable_images_are_replaced_counted_and_named(damaged, monkeypatch):
     data = ImageFolder(damaged, size=8).load()
     source = data.source(13, 0, 0.0)
     stream = np.concatenate([values(source(step)) for step in range(8)])
@@ -514,6 +552,9 @@ def test_unreadable_images_are_replaced_counted_and_named(damaged):
     assert told.startswith("3 items could not be read")
     for line in ("cut.jpg: ", "empty.png: ", "small.png: 30 x 7 pixels are too few for 8"):
         assert told.count(line) == 1
+    with monkeypatch.context() as patch:  # of several processes each knows of its own
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert data.items.told() == f"in the part of batches that process 0 of 2 reads, {told}"
     again = ImageFolder(damaged, size=8).load().source(13, 0, 0.0)
     np.testing.assert_array_equal(again(5)["x"], source(5)["x"])  # stand-ins are the same after resuming
     assert ImageFolder(damaged, size=8, enlarge=True).load().items.told() is None

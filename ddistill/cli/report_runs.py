@@ -16,6 +16,7 @@ from ddistill.cli.networks import conditions_for
 from ddistill.cli.report_judged import Judged, digest, evaluations, titles
 from ddistill.cli.study import decoder, models_of, on_latents
 from ddistill.config import Data
+from ddistill.data.loading import released
 from ddistill.evaluate.real import images_of
 from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m, heun
@@ -155,7 +156,8 @@ def drawn_of(
     noise, cond, key = start(process, data.shape, data.num_classes, n, seed)
     words = []
     if data.null is not None:
-        cond = conditions_for(data, prompts, folder or models, n, seed, shape[0])(0)
+        with released(conditions_for(data, prompts, folder or models, n, seed, shape[0])) as conditions:
+            cond = conditions(0)
         words = [
             "Samples are of prompts of the data." if prompts is None else "Samples are of the given prompts in turn."
         ]
@@ -197,7 +199,7 @@ def _pictures(data: Data, n: int, seed: int) -> tuple[np.ndarray | None, Callabl
     if "x" not in data.arrays and data.items is None:
         return None, view, ""
     if data.null is not None:
-        return view(data.source(n, seed, 0.0)(0)["x"]), view, ""  # of the prompts that samples are of
+        return view(data.first(n, seed)["x"]), view, ""  # of the prompts that samples are of
     images = images_of(data, "the data")
     batches = images.batches(n, _in_turn(images.labels, data.num_classes, len(images), n))
     return next((thumbnails(x) for _, x in batches), None), view, ""

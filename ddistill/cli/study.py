@@ -19,6 +19,7 @@ from ddistill.cli.networks import conditions_for, open_networks, read_prompts, t
 from ddistill.cli.output import cell, say, screen
 from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
 from ddistill.config import Experiment, Imported, PairsData
+from ddistill.data.loading import released
 from ddistill.datasets import LatentFolder
 from ddistill.digests import digest_of
 from ddistill.evaluate.quality import Study, floor, judge, notes_of, real_variety
@@ -93,7 +94,7 @@ def study(command: Evaluate, opened: Opened) -> None:
         command.seed, texts, used.lpips, opened.data.num_classes,
     )  # fmt: skip
     table = _table(names, rows, real)
-    with Live(table, console=screen(), refresh_per_second=2) as live:
+    with released(conditions), Live(table, console=screen(), refresh_per_second=2) as live:
 
         def add(row: Row | None) -> None:
             if row is not None:

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -77,8 +78,11 @@ class Readable:
             return None
 
     def told(self) -> str | None:
-        """Those that were met and could not be read, in words; None if there were none."""
-        return told(list(self.skipped.values()))
+        """Those that this process met and could not read, in words; None if there were none."""
+        words, of = told(list(self.skipped.values())), jax.process_count()
+        if words is None or of == 1:
+            return words
+        return f"in the part of batches that process {jax.process_index()} of {of} reads, {words}"
 
 
 def told(skipped: list[str]) -> str | None:
@@ -95,14 +99,14 @@ def loader(
     part: tuple[int, int] = (0, 1),
     threads: int | None = None,
     ahead: int = 2,
-) -> Source:
+) -> "Loader":
     """Shuffled batches of items, each item once in an epoch; a batch that crosses an epoch goes on in the next one.
 
     Row r of step n is the item at position n batch_size + r of an endless stream, finished with random numbers of
     (seed, position): batches depend on the seed and the step alone. part: (p, P) gives part p of P of each batch, equal
     numbers of rows in order, for P processes that share it. threads: that read, as many as there are cores by default;
-    they keep `ahead` batches ready after the last one asked for, and asking for another step than the next starts anew
-    from there.
+    they keep `ahead` batches ready after the last one asked for until the source is closed, and asking for another step
+    than the next starts anew from there.
     Raises ValueError for counts below 1, a negative seed, and where P does not divide batch_size.
     """
     index, rows = part[0], part_size(batch_size, part)
@@ -116,24 +120,48 @@ def loader(
         step, row = divmod(i, rows)
         return stream[step * batch_size + index * rows + row]
 
-    running: tuple[int, Reading] | None = None
+    return Loader(rows, lambda step: read_ahead(read, step * rows, sys.maxsize, ahead * rows, threads))
 
-    def source(step: int) -> dict[str, PyTree]:
-        nonlocal running
+
+class Loader:
+    """A source whose rows are read ahead by threads, which `close` lets end; asked again it starts them anew."""
+
+    def __init__(self, rows: int, begin: "Callable[[int], Reading]"):
+        self._rows, self._begin = rows, begin
+        self._running: tuple[int, Reading] | None = None
+
+    def __call__(self, step: int) -> dict[str, PyTree]:
+        """The batch of a step. Raises ValueError for one below 0."""
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0.")
-        if running is None or running[0] != step:
-            if running is not None:
-                running[1].close()
-            running = step, read_ahead(read, step * rows, sys.maxsize, ahead * rows, threads)
-        _, reading = running
-        running = None  # what raised is not asked again
-        batch = [next(reading) for _ in range(rows)]
-        running = step + 1, reading
+        if self._running is None or self._running[0] != step:
+            self.close()
+            self._running = step, self._begin(step)
+        _, reading = self._running
+        try:
+            batch = [next(reading) for _ in range(self._rows)]
+        except BaseException:
+            self.close()  # what raised is not asked again
+            raise
+        self._running = step + 1, reading
         return jax.tree.map(lambda *parts: np.stack(parts), *batch)
 
-    return source
+    def close(self) -> None:
+        """Let the threads end."""
+        running, self._running = self._running, None
+        if running is not None:
+            running[1].close()
+
+
+@contextmanager
+def released(source: T) -> Iterator[T]:
+    """A source, or what draws from one, which is closed when the block ends, where it has something to close."""
+    try:
+        yield source
+    finally:
+        if (close := getattr(source, "close", None)) is not None:
+            close()
 
 
 class Reading:

@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 
 from ddistill import sharding
 from ddistill.config import Data
+from ddistill.data import Source
+from ddistill.data.loading import released
 from ddistill.evaluate.kernels import clip_score
 from ddistill.evaluate.perceptual import Distance, perceptual_diversity
 from ddistill.evaluate.real import Decode, Images, in_colour, to_bytes
@@ -192,7 +194,7 @@ def variety(sampler: Sampler, study: Study) -> float:
     images = all_rows(np.concatenate([empty, *(x for _, x in parts)]))
     order = np.argsort(numbers)
     of = numbers[order] // EACH if some > 1 else np.zeros(len(numbers), int)
-    return perceptual_diversity(study.lpips, images[order].astype(np.float32) / 127.5 - 1, of, seed=study.seed)
+    return perceptual_diversity(study.lpips, images[order], of, seed=study.seed)
 
 
 def real_variety(images: Images, lpips: Distance, seed: int = 0) -> float | None:
@@ -210,7 +212,7 @@ def real_variety(images: Images, lpips: Distance, seed: int = 0) -> float | None
     chosen = kinds[np.arange(min(len(kinds), CONDITIONS)) * len(kinds) // min(len(kinds), CONDITIONS)]
     numbers = [rng.permutation(np.flatnonzero(images.labels == kind))[:EACH] for kind in chosen]
     parts = list(images.batches(64, sorted(int(i) for i in np.concatenate(numbers))))
-    x = np.concatenate([in_colour(batch) for _, batch in parts]).astype(np.float32) / 127.5 - 1
+    x = np.concatenate([in_colour(batch) for _, batch in parts])
     return perceptual_diversity(lpips, x, images.labels[np.concatenate([n for n, _ in parts])], seed=seed)
 
 
@@ -223,12 +225,27 @@ def labels_in_turn(num_classes: int, batch_size: int) -> Conditions:
     return lambda number: ((number * batch_size + rows) % num_classes).astype(np.int32)
 
 
+class OfData:
+    """The conditions of a source's batches; `close` lets the threads end that read ahead."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __call__(self, number: int) -> PyTree:
+        """Those of a batch."""
+        return self._source(number)["cond"]
+
+    def close(self) -> None:
+        """Close the source, if it can be."""
+        with released(self._source):
+            pass
+
+
 def conditions_of(data: Data, batch_size: int, seed: int) -> Conditions:
     """Labels in turn, or where conditions are none, such as prompts, those of the data, shuffled by the seed."""
     if data.null is None:
         return labels_in_turn(data.num_classes, batch_size)
-    source = data.source(batch_size, seed, 0.0)
-    return lambda number: source(number)["cond"]
+    return OfData(data.source(batch_size, seed, 0.0))
 
 
 def notes_of(row: Row, real: Statistics) -> tuple[str, ...]:
