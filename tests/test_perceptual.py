@@ -1,10 +1,15 @@
 """Diversity by a perceptual distance, on distances that are known."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddistill.evaluate import perceptual
 from ddistill.evaluate.perceptual import _pairs, perceptual_diversity
+from ddistill.hub.features import random_lpips
+from ddistill.networks.vgg import ConvolutionsConfig, Layer
+from ddistill.sharding import local_mesh
 
 
 def away(a, b):
@@ -30,6 +35,24 @@ def test_pairs_are_all_or_as_many_as_asked_for_and_never_twice():
     drawn = _pairs(100_000, 1000, rng)
     assert len({tuple(p) for p in drawn}) == 1000 and np.all((drawn[:, 0] >= 0) & (drawn[:, 0] < drawn[:, 1]))
     assert drawn.max() < 100_000 and drawn[:, 1].mean() == pytest.approx(2 / 3 * 100_000, rel=0.05)
+
+
+def test_pairs_lie_over_the_devices_and_bytes_become_floats_there(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (20, 7, 7, 3)).astype(np.uint8)
+    labels = np.arange(20) % 3
+    distance = random_lpips(ConvolutionsConfig("two", (Layer(0, 4, seen=True), Layer(3, 4, pool=2, seen=True))))
+    places, shapes = [], []
+
+    def watched(a, b):
+        jax.debug.inspect_array_sharding(a, callback=places.append)
+        shapes.append((a.shape, a.dtype))
+        return distance(a, b)
+
+    spread = perceptual_diversity(watched, images, labels, batch=5)
+    assert {len(place.device_set) for place in places} == {8} and set(shapes) == {((8, 7, 7, 3), np.dtype(np.float32))}
+    monkeypatch.setattr(perceptual, "local_mesh", lambda: local_mesh(jax.devices()[:1]))
+    for given in (images, images.astype(np.float32) / 127.5 - 1):
+        assert perceptual_diversity(distance, given, labels) == pytest.approx(spread, rel=1e-6)
 
 
 def test_what_has_no_pairs_is_refused():
