@@ -251,8 +251,11 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
-    """The rows of metrics.jsonl by stage, each with its "step"; the last of those repeated after resuming."""
-    stages: dict[str, dict[int, dict[str, float]]] = {}
+    """The rows of metrics.jsonl by stage, each with its "step", in rising order.
+
+    Where a stage goes back to an earlier step, after a kill or a rollback, what it had told from there on is left out.
+    """
+    stages: dict[str, list[dict[str, float]]] = {}
     with (storage.folder(workdir) / "metrics.jsonl").open(encoding="utf-8") as file:
         for line in file:
             try:
@@ -260,8 +263,11 @@ def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:
             except json.JSONDecodeError:  # cut off when the run was killed
                 continue
             if "spent" not in row:
-                stages.setdefault(row.pop("stage"), {})[row["step"]] = row
-    return {name: [rows[step] for step in sorted(rows)] for name, rows in stages.items()}
+                rows = stages.setdefault(row.pop("stage"), [])
+                while rows and rows[-1]["step"] >= row["step"]:
+                    rows.pop()
+                rows.append(row)
+    return stages
 
 
 def _run(

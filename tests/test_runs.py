@@ -219,6 +219,19 @@ def test_metrics_of_repeated_steps_are_read_once_and_a_torn_line_not_at_all(tmp_
     assert [row["loss"] for row in read_metrics(tmp_path)["a"]] == [1.0, 2.5, 3.5]
 
 
+def test_metrics_after_the_step_that_a_run_went_back_to_are_those_told_since(tmp_path):
+    # Killed after step 8 and begun again at 4, with reports every third step; then rolled back below its first report.
+    told = (("a", 2), ("a", 4), ("a", 6), ("b", 9), ("a", 8), ("a", 6), ("b", 12), ("a", 7))
+
+    def steps(rows):
+        lines = [json.dumps({"stage": stage, "step": step, "loss": i}) for i, (stage, step) in enumerate(rows)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return {stage: [(row["step"], row["loss"]) for row in kept] for stage, kept in read_metrics(tmp_path).items()}
+
+    assert steps(told) == {"a": [(2, 0), (4, 1), (6, 5), (7, 7)], "b": [(9, 3), (12, 6)]}
+    assert steps([*told, ("a", 1)])["a"] == [(1, 8)]
+
+
 def test_an_unfinished_run_and_a_folder_that_is_none_get_words(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         distil(TINY, tmp_path / "run", Stop("student", 3))

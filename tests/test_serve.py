@@ -14,7 +14,7 @@ from test_runs import TINY
 
 from ddistill.cli import Serve, main
 from ddistill.cli import serve as served
-from ddistill.cli.serve import Asked, Drawn, drawer, page, words
+from ddistill.cli.serve import Asked, Drawn, asked_of, drawer, page, words
 from ddistill.evaluate.samplers import start, student_sampler, teacher_sampler
 from ddistill.integrators import dpmpp_2m
 from ddistill.runs import Opened, distil
@@ -108,6 +108,15 @@ def test_latency_in_words():
     x = np.zeros((4, 2))
     assert words("student", 1, Drawn(x, 0.02, None)) == "student, 1 step: 20.0 ms, 5.00 ms per sample"
     assert words("t", 2, Drawn(x, 0.02, 3.0)).endswith("; the first call, with compilation, took 3.00 s")
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", math.inf), ("seed", None), ("n", math.nan), ("gamma", "")])
+def test_fields_that_hold_no_number_are_told_in_words(field, value):
+    fields = {"steps": 1, "teacher_steps": 2, "n": 3, "seed": 0, "gamma": 0.5, "guidance": None, "label": "all"}
+    assert asked_of(**fields, prompt=None) == Asked(1, 2, 3, 0, 0.5)
+    assert asked_of(**{**fields, "guidance": 2, "label": "1"}, prompt="a") == Asked(1, 2, 3, 0, 0.5, 2.0, 1, "a")
+    with pytest.raises(ValueError, match="every number of the page has to be given, and to be finite"):
+        asked_of(**{**fields, field: value}, prompt="")
 
 
 @pytest.mark.parametrize("flags", [["--most", "0"], ["--most-steps", "0"], ["--port", "0"]])

@@ -106,12 +106,26 @@ def drawer(
         student = kept(
             own, lambda: student_sampler(opened.student, made, process, asked.steps, asked.gamma, asked.guidance)
         )
-        net, suffix = opened.guided_teacher(asked.guidance)
-        other = ("teacher", asked.teacher_steps, suffix)
+        net, _ = opened.guided_teacher(asked.guidance)
+        other = ("teacher", asked.teacher_steps, asked.guidance)
         teacher = kept(other, lambda: teacher_sampler(net, process, dpmpp_2m, asked.teacher_steps, "teacher"))
         return timed(own, student, noise, cond, rng), timed(other, teacher, noise, cond, rng)
 
     return draw
+
+
+def asked_of(
+    steps: Any, teacher_steps: Any, n: Any, seed: Any, gamma: Any, guidance: Any, label: str | None, prompt: str | None
+) -> Asked:
+    """What the fields of the page hold; guidance: None where there is none. Raises ValueError for what is no number."""
+    try:
+        return Asked(
+            int(steps), int(teacher_steps), int(n), int(seed), float(gamma),
+            None if guidance is None else float(guidance),
+            None if label in (None, "all") else int(label), prompt or "",
+        )  # fmt: skip
+    except (TypeError, ValueError, OverflowError) as error:  # None of a field that was cleared, infinity
+        raise ValueError("every number of the page has to be given, and to be finite") from error
 
 
 def words(name: str, steps: int, drawn: Drawn) -> str:
@@ -139,13 +153,7 @@ def page(opened: Opened, *, most: int, most_steps: int, models: Path | None = No
 
     def called(steps, teacher_steps, n, seed, gamma, guidance, label, prompt):
         try:
-            asked = Asked(
-                int(steps), int(teacher_steps), int(n), int(seed), float(gamma), float(guidance) if scaled else None,
-                None if label in (None, "all") else int(label), prompt or "",
-            )  # fmt: skip
-        except (TypeError, ValueError) as error:  # None of a field that was cleared
-            raise gradio.Error("every number of the page has to be given") from error
-        try:
+            asked = asked_of(steps, teacher_steps, n, seed, gamma, guidance if scaled else None, label, prompt)
             student, teacher = draw(asked)
         except (ValueError, OSError, ImportError) as error:
             raise gradio.Error(str(error)) from error
