@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from ddistill import sharding
 from ddistill.cli.networks import Networks
+from ddistill.config import Data, Experiment, MLPNetwork, Teacher
 from ddistill.digests import digest_of
 from ddistill.evaluate import clip_score
 from ddistill.hub.features import (
@@ -31,6 +32,9 @@ from ddistill.hub.features import (
 from ddistill.hub.text_features import load_text_features, text_config
 from ddistill.hub.vision import LAYOUTS, vision_params
 from ddistill.hub.weights import params_from, tensors_from, tensors_of
+from ddistill.log import Silent
+from ddistill.losses.distances import LPIPS_MEAN, LPIPS_SPREAD
+from ddistill.methods import Consistency
 from ddistill.net import split
 from ddistill.networks.inception import InceptionConfig, InceptionV3
 from ddistill.networks.preprocess import (
@@ -40,6 +44,7 @@ from ddistill.networks.text import CLIPTextConfig, CLIPTextModelWithProjection
 from ddistill.networks.vgg import ALEXNET, VGG16, Convolutions, ConvolutionsConfig, Layer
 from ddistill.networks.vit import VisionTransformer, ViTConfig
 from ddistill.overrides import describe
+from ddistill.runs import distil
 
 TINY = InceptionConfig("tiny", classes=5, thinner=16)
 
@@ -401,6 +406,44 @@ def test_lpips_is_zero_and_flat_where_images_agree_also_where_nothing_is_seen():
         distance(PAIR[0], PAIR[1][:, :9])
     with pytest.raises(ValueError, match="too small for two"):
         distance.features(jnp.zeros((1, 1, 1, 3)))
+
+
+def test_a_student_learns_by_lpips():
+    lpips = random_lpips(TWO)
+    seen = []
+
+    def distance(a, b):
+        jax.debug.callback(lambda a, b: seen.append((np.asarray(a), np.asarray(b))), a, b)
+        return lpips(a, b)
+
+    @dataclasses.dataclass(frozen=True)
+    class Images:
+        def load(self):
+            return Data({"x": np.tanh(values(3, 16, 9, 9, 3))}, (9, 9, 3), 0)
+
+    method = Consistency(intervals=4, max_intervals=4, distance=distance, weighted=False)
+    experiment = Experiment(
+        "lpips", method, data=Images(), network=MLPNetwork(width=8, blocks=1), teacher=Teacher(steps=2), steps=2,
+        batch_size=8, log_every=1,
+    )  # fmt: skip
+    log = Silent()
+    distil(experiment, log=log)
+    jax.effects_barrier()
+    told = [row["student/loss"] for row in log.rows if row["stage"] == "student"]
+
+    def by_hand(a, b):
+        # Zhang et al. 2018, eq. 1, of the images that the student and its target have made
+        def units(images):
+            maps = lpips.features((images - np.float32(LPIPS_MEAN)) / np.float32(LPIPS_SPREAD))
+            return [np.asarray(f, np.float64) / (np.linalg.norm(f, axis=-1, keepdims=True) + 1e-10) for f in maps]
+
+        maps = zip(units(a), units(b), lpips.heads, strict=True)
+        return sum(np.mean(np.sum((f - g) ** 2 * np.asarray(head), axis=-1)) for f, g, head in maps)
+
+    (first, second) = seen
+    assert first[0].shape == (8, 9, 9, 3) and told[0] > 1e-6
+    assert told == pytest.approx([by_hand(*first), by_hand(*second)], rel=1e-4)
+    assert not np.array_equal(first[0], first[1])
 
 
 def test_vgg16_is_torchvisions():

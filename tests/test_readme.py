@@ -1,6 +1,7 @@
 """The README, run: its Python blocks, its commands and flags, and the files it names."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -123,6 +124,40 @@ def test_the_table_of_methods_is_that_of_the_package():
     for name, paper, file in rows:
         assert METHODS[name].file in file
         assert METHODS[name].paper.split("arXiv:")[1] in paper
+
+
+def test_the_quickstarts_table_and_text_are_its_published_rows():
+    rows = json.loads((ROOT / "experiments/results/quickstart.json").read_text("utf-8"))["rows"]
+    known = {(row["sampler"], row["nfe"]): row for row in rows}
+    section = README.partition("### Digits: `ddistill quickstart`")[2].partition("\n### ")[0]
+    assert f"Seed {Quickstart().seed}, " in section
+    seen = []
+
+    def check(sampler, calls, name, word):
+        digits = len(word.partition(".")[2])
+        assert known[sampler, calls][name] == pytest.approx(float(word), abs=0.5001 * 10**-digits), (sampler, name)
+        seen.append((sampler, calls))
+
+    for line in section.partition("|---|")[2].partition("\n\n")[0].splitlines()[1:]:
+        sampler, calls, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for name, cell in zip(("accuracy", "frechet", "precision", "recall"), cells, strict=True):
+            for n, word in zip(calls.split(" / "), cell.split(" / "), strict=True):
+                check(sampler, None if n == "–" else int(n), name, word)
+    assert set(seen) == set(known)
+    text = " ".join(section.partition("Accuracy:")[2].split())
+    teacher, *student, floor = re.search(
+        r"held-out scans, (\S+) for the teacher with 35 calls and (\S+), (\S+), (\S+) for the student with 1, 2 and 4, "
+        r"where the training scans themselves are at (\S+)\. ", text
+    ).groups()  # fmt: skip
+    check("teacher, Heun", 35, "frechet_held_out", teacher)
+    for n, word in zip((1, 2, 4), student, strict=True):
+        check("student", n, "frechet_held_out", word)
+    check("held-out scans (floor)", None, "frechet", floor)
+    four = re.search(
+        r"teacher with 4 calls .*: precision (\S+) and coverage (\S+), but diversity (\S+)\. ", text
+    ).groups()
+    for name, word in zip(("precision", "coverage", "diversity"), four, strict=True):
+        check("teacher, Euler", 4, name, word)
 
 
 def test_linked_and_listed_files_exist():
