@@ -70,7 +70,7 @@ METHODS = {
     "ctm": Entry(CTM, "Consistency trajectory models", "Kim et al. 2024, arXiv:2310.02279", (1, 2, 4, 8, 16)),
     "invertible": Entry(Invertible, "Invertible consistency", "Starodubcev et al. 2024, arXiv:2406.14539"),
     # On digits, 64 dimensions, longer training drops modes: recall .96 after 4000 steps, .48 after 10 000.
-    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,), effort=(2.5, 1.0)),
+    "dmd": Entry(DMD, "Distribution matching", "Yin et al. 2024, arXiv:2405.14867", (1,), effort=(4.0, 1.0)),
     "dmd_regression": Entry(
         dmd_with_regression, "Distribution matching with regression", "Yin et al. 2024, arXiv:2311.18828", (1,)
     ),
