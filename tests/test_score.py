@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ddistill.losses.distances import L1, L2, CoordinateHuber, PseudoHuber
 from ddistill.losses.score import (
     Likelihood,
     NoisePrediction,
@@ -206,6 +207,33 @@ def test_the_surrogate_has_the_given_gradient_also_where_it_is_small():
     np.testing.assert_allclose(jax.grad(directed)(x, gradient), gradient / 15, rtol=1e-5)
     assert float(directed(x, gradient)) == pytest.approx(0.5 * float(jnp.mean(gradient**2)), rel=1e-5)
     assert not np.any(jax.grad(directed, argnums=1)(x, gradient))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        L1(), L2(), PseudoHuber(), CoordinateHuber(), directed,
+        lambda a, b: Normalised()(edm(), jnp.ones(3), a, b),
+        lambda a, b: divergence_gradient(edm(), jnp.ones(3), a, b, a, Normalised()),
+    ],
+    ids=["l1", "l2", "huber", "coordinates", "surrogate", "normaliser", "gradient"],
+)  # fmt: skip
+def test_what_is_of_half_precision_is_summed_in_float32(of):
+    """Sums of 4000 terms in bfloat16, which has 8 bits, end where a term is half of the last one."""
+    a, b = (jax.random.normal(jax.random.key(i), (3, 4000)).astype(jnp.bfloat16) for i in range(2))
+    found = of(a, b)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, of(a.astype(jnp.float32), b.astype(jnp.float32)), rtol=5e-3, atol=5e-3)
+
+
+def test_the_denoiser_of_samples_is_computed_in_float32_and_is_of_its_inputs_kind():
+    x, references = (jax.random.normal(jax.random.key(i), (4, 400)).astype(jnp.bfloat16) for i in range(2))
+    found, exact = (
+        multi_sample_denoiser(edm(), x.astype(kind), jnp.full(4, 20.0), references.astype(kind))
+        for kind in (jnp.bfloat16, jnp.float32)
+    )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=1e-2)
 
 
 def test_what_is_not_finite_moves_nothing():
