@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 
 from ddistill.config import Data
 from ddistill.evaluate import frechet
@@ -21,6 +22,7 @@ from ddistill.log import Log
 from ddistill.net import Net, laid_out
 from ddistill.process import Process
 from ddistill.report import image_grid
+from ddistill.sharding import Rule
 from ddistill.stages import Look, Stage
 
 STUDENT_STEPS = (1, 4)
@@ -34,16 +36,17 @@ def looks_of(
     data: Data,
     process: Process,
     stages: Sequence[Stage],
-    place: Place,
+    mesh: Mesh,
     log: Log,
     count: int,
     batch_size: int,
     seed: int,
+    rule: Rule = Rule(),  # noqa: B008
 ) -> dict[str, Look]:
     """What looks at the network of each stage, by its name; the first is the teacher's if it is called so.
 
-    process: the first teacher's. place: where the networks lie. count: samples that are measured, of which the first 36
-    are shown. A student is drawn with 1 and 4 steps where it serves them, a teacher with 8 of DPM-Solver++(2M).
+    process: the first teacher's. mesh, rule: where the networks lie. count: samples that are measured, the
+    first 36 of which are shown. A student is drawn with 1 and 4 steps where it serves them, a teacher with 8 of DPM-Solver++(2M).
     Raises ValueError for a count below 2.
     """
     if count < 2:
@@ -52,7 +55,7 @@ def looks_of(
     noise, labels, key = start(process, data.shape, data.num_classes, count, seed)
     cond = real["cond"] if data.null is not None else labels
     looks: dict[str, Look] = {}
-    own = process
+    own, place = process, Place(mesh, rule)
     for stage in stages:
         draws: dict[int, Draw] = {}
         if stage.name == "teacher":
@@ -69,7 +72,7 @@ def looks_of(
             numbers: dict[str, float] = {}
             pictures: dict[str, np.ndarray] = {}
             for steps, draw in draws.items():
-                sampler = across(Sampler("preview", partial(draw, laid_out(net, place)), steps), place.mesh)
+                sampler = across(Sampler("preview", partial(draw, laid_out(net, place)), steps), mesh)
                 x = drawn(sampler, noise, cond, key, batch_size)
                 name = f"{steps}-step{'s' * (steps > 1)}"
                 numbers |= {f"{measure}/{name}": value for measure, value in measured(x, real["x"]).items()}

@@ -291,7 +291,7 @@ def _run(
             mesh, lambda at: architecture.build(data, experiment.process, at), at, rule=rule
         )  # fmt: skip
     try:
-        looks = _looks(experiment, data, plan, Place(mesh, rule), log)
+        looks = _looks(experiment, data, plan, mesh, rule, log)
         results = run(
             plan, network, jax.random.fold_in(key, 1),
             mesh=mesh, rule=rule, log=log, workdir=workdir,
@@ -310,13 +310,13 @@ def _log_of(experiment: Experiment, folder: Path) -> RunLog:
 
 
 def _looks(
-    experiment: Experiment, data: Data, plan: list[Stage], place: Place, log: Log | None
+    experiment: Experiment, data: Data, plan: list[Stage], mesh: jax.sharding.Mesh, rule: sharding.Rule, log: Log | None
 ) -> dict[str, Look] | None:
     """What shows the networks to the log while they train."""
     e = experiment
     if log is None or not e.preview_every:
         return None
-    return looks_of(data, e.process, plan, place, log, e.preview_samples, e.batch_size, e.seed)
+    return looks_of(data, e.process, plan, mesh, log, e.preview_samples, e.batch_size, e.seed, rule)
 
 
 def _claim(

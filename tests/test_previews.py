@@ -18,7 +18,6 @@ from ddistill import log as logs
 from ddistill import sharding
 from ddistill.config import Data
 from ddistill.evaluate.samplers import Sampler, start, student_sampler
-from ddistill.gathering import Place
 from ddistill.integrators import Solution
 from ddistill.log import RunLog, Silent
 from ddistill.previews import drawn, looks_of, measured, picture
@@ -67,9 +66,7 @@ def test_pictures_and_numbers_are_in_the_runs_folder(seen):
 def test_the_last_preview_is_of_the_student_that_the_run_ends_with(seen):
     data, log = TINY.data.load(), Silent()
     student = seen[1].student
-    looks = looks_of(
-        data, TINY.process, [_stage()], Place(sharding.make_mesh()), log, 10, 4, 0
-    )  # in batches of 4, 4 and 2
+    looks = looks_of(data, TINY.process, [_stage()], sharding.make_mesh(), log, 10, 4, 0)  # in batches of 4, 4 and 2
     looks["student"](5, student)
     ((_, step, numbers, _),) = log.previews
     noise, labels, key = start(TINY.process, data.shape, 2, 10, 0)
@@ -79,7 +76,7 @@ def test_the_last_preview_is_of_the_student_that_the_run_ends_with(seen):
     for name, value in measured(np.asarray(x), real).items():
         assert numbers[f"{name}/1-step"] == pytest.approx(value, rel=1e-4)
     with pytest.raises(ValueError, match="preview_samples = 1: at least 2"):
-        looks_of(data, TINY.process, [], Place(sharding.make_mesh()), log, 1, 4, 0)
+        looks_of(data, TINY.process, [], sharding.make_mesh(), log, 1, 4, 0)
 
 
 def _stage():
