@@ -46,8 +46,8 @@ def looks_of(
     """What looks at the network of each stage, by its name; the first is the teacher's if it is called so.
 
     process: the first teacher's. mesh, rule: where the networks lie. count: samples that are measured, the
-    first 36 of which are shown. A student is drawn with 1 and 4 steps where it serves them, a teacher with 8 of DPM-Solver++(2M).
-    Raises ValueError for a count below 2.
+    first 36 of which are shown. A student is drawn with 1 and 4 steps where it serves them, a teacher with 8 of
+    DPM-Solver++(2M). Raises ValueError for a count below 2.
     """
     if count < 2:
         raise ValueError(f"preview_samples = {count}: at least 2 are needed to compare with data")
