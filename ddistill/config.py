@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddistill.data import ArraySource, Source, label_dropout
-from ddistill.data.loading import Readable, loader, part_of, released
+from ddistill.data.loading import Readable, loader, released
 from ddistill.data.pair_store import PairStore, open_pairs
 from ddistill.divergence import Divergence
 from ddistill.hub.configs import kind_with, with_dropout
@@ -106,10 +106,10 @@ class Data:
         if self.items is not None:
             source = loader(self.items, batch_size, seed, part=part)
         else:
-            arrays = ArraySource(
-                self.arrays, batch_size=batch_size, seed=seed, num_classes=self.num_classes or None, shape=self.shape
-            )
-            source = part_of(arrays, batch_size, part)
+            source = ArraySource(
+                self.arrays, batch_size=batch_size, seed=seed, num_classes=self.num_classes or None, shape=self.shape,
+                part=part,
+            )  # fmt: skip
         none = self.none
         return source if none is None or not unlabelled else label_dropout(source, unlabelled, none, part=part)
 

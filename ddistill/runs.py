@@ -21,7 +21,6 @@ from ddistill import hosts, seals, sharding, storage
 from ddistill.checkpoint import CheckpointError, Checkpoints
 from ddistill.config import Data, Experiment, Imported, PairsData, resolved
 from ddistill.data import Source
-from ddistill.data.loading import part_of
 from ddistill.data.pairs import fresh_pairs, teacher_pairs
 from ddistill.gathering import Place
 from ddistill.log import Log, RunLog
@@ -142,8 +141,7 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
             )  # fmt: skip
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
-            pairs = data.pairs.source(e.batch_size, e.seed)
-            return part_of(pairs, e.batch_size, (jax.process_index(), jax.process_count()))
+            return data.pairs.source(e.batch_size, e.seed, part=(jax.process_index(), jax.process_count()))
         if number == 0 and "noise" in data.arrays:
             return data.source(e.batch_size, e.seed, 0.0)
         if data.null is not None:

@@ -1,8 +1,16 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddistill.data import ArraySource, label_dropout, load_digits
+from ddistill.config import Data, DigitsData, Experiment
+from ddistill.data import ArraySource, arrays, label_dropout, load_digits
+from ddistill.data.pair_store import open_pairs, write_pairs
+from ddistill.data.records import Records
+from ddistill.methods import KD
+from ddistill.net import Net
+from ddistill.process import edm
+from ddistill.runs import student_stages
 
 
 def items(n: int) -> dict[str, np.ndarray]:
@@ -43,6 +51,42 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
     assert not np.array_equal(drawn(late, range(5)), drawn(ArraySource(items(10), 4, seed=6), range(5)))
     assert np.array_equal(late(jnp.asarray(7))["x"], late(np.int64(7))["x"])
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_several_processes_share_a_batch(parts):
+    whole = ArraySource(items(10), 12, seed=2)
+    shares = [ArraySource(items(10), 12, seed=2, part=(p, parts)) for p in range(parts)]
+    for step in (0, 1, 2, 9):
+        for name, expected in whole(step).items():
+            assert np.array_equal(np.concatenate([share(step)[name] for share in shares]), expected)
+    with pytest.raises(ValueError, match="a batch of 7 does not split over 2 processes"):
+        ArraySource(items(10), 7, part=(1, 2))
+
+
+def test_a_process_reads_its_own_rows_alone(monkeypatch, tmp_path):
+    """Of arrays in memory and of pairs on disk: a fourth of the rows of a batch, in each of four processes."""
+    read = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, rows):
+            read.append(len(rows))
+            return np.asarray(self)[rows]
+
+    net = Net({}, {}, lambda params, rest, x, t, cond, *, s=None, key=None: 0.5 * x)
+    write_pairs(tmp_path, net, edm(), jax.random.key(0), 20, (2,), steps=2, shard_size=8)
+    stored, rows = open_pairs(tmp_path), Records.rows
+    monkeypatch.setattr(arrays, "_numbers", lambda name, array: np.asarray(array).view(Counted))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    batch = Data({"x": np.ones((20, 2), np.float32)}, (2,), 0).source(8, 0, 0.0)(5)
+    assert read == [2] and batch["x"].shape == (2, 2)
+    monkeypatch.setattr(Records, "rows", lambda self, numbers: read.append(len(numbers)) or rows(self, numbers))
+    experiment = Experiment("pairs", KD(steps=(1,), pairs=20), DigitsData(), batch_size=8)
+    (stage,) = student_stages(experiment, Data({}, (2,), 0, pairs=stored))
+    del read[:]
+    assert stage.source(net)(5)["noise"].shape == (2, 2)
+    assert read == [2, 2]  # of the rows' numbers, and of the rows
 
 
 def test_rows_stay_together_and_types_are_fixed():

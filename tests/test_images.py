@@ -18,7 +18,7 @@ from ddistill import previews
 from ddistill.config import Data, Experiment, MLPNetwork, Teacher
 from ddistill.data import loading
 from ddistill.data.images import centre_crop, decode, folder_images, random_crop, tar_images, tar_index
-from ddistill.data.loading import Readable, Unreadable, loader, part_of
+from ddistill.data.loading import Readable, Unreadable, loader
 from ddistill.data.rows import array_rows
 from ddistill.datasets import ArrayFile, ImageFolder, TarShards
 from ddistill.evaluate.quality import conditions_of
@@ -432,12 +432,10 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_several_processes_share_a_batch(parts):
     whole = loader(Numbers(10), 6, seed=2)
     shares = [loader(Numbers(10), 6, seed=2, part=(p, parts)) for p in range(parts)]
-    arrays = [part_of(whole, 6, (p, parts)) for p in range(parts)]
     for step in (0, 1, 2, 9):
         for name in ("x", "r"):
             expected = whole(step)[name]
             np.testing.assert_array_equal(np.concatenate([share(step)[name] for share in shares]), expected)
-            np.testing.assert_array_equal(np.concatenate([share(step)[name] for share in arrays]), expected)
 
 
 def test_data_gives_each_process_its_rows_and_drops_labels_alike(classes, monkeypatch):

@@ -25,10 +25,12 @@ class ArraySource:
 
     `arrays`: each [N, ...]. Floats become float32, integer `cond` becomes int32; arrays that already have these types
     are shared, not copied. `batch_size` may exceed N. `num_classes` declares `cond` to be labels [N] in
-    [0, num_classes). `shape` is the shape that one item of `x` must have, such as (8, 8, 1).
+    [0, num_classes). `shape` is the shape that one item of `x` must have, such as (8, 8, 1). `part`: (p, P) gives part
+    p of P of each batch, equal numbers of rows in order, for P processes that share it; other rows are not read.
 
     Raises ValueError for no arrays, empty arrays or unequal leading lengths, NaN or Inf, `x` not of floats, labels that
-    are not integers or out of range, a wrong shape, `batch_size` below 1, a negative seed.
+    are not integers or out of range, a wrong shape, `batch_size` below 1 or one that P does not divide, a negative
+    seed.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -36,10 +38,10 @@ class ArraySource:
     seed: int = 0
     num_classes: int | None = field(default=None, kw_only=True)
     shape: tuple[int, ...] | None = field(default=None, kw_only=True)
+    part: tuple[int, int] = field(default=(0, 1), kw_only=True)
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        part_size(self.batch_size, self.part)
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or larger.")
         if not self.arrays:
@@ -61,16 +63,16 @@ class ArraySource:
         return len(next(iter(self.arrays.values())))
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """Batch of step 0, 1, 2, ...: each array [batch_size, ...], fresh memory. Raises ValueError below 0."""
+        """Batch of step 0, 1, 2, ...: each array [batch_size / P, ...], fresh memory. Raises ValueError below 0."""
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0.")
-        size = len(self)
-        positions = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        size, rows = len(self), part_size(self.batch_size, self.part)
+        positions = step * self.batch_size + self.part[0] * rows + np.arange(rows, dtype=np.int64)
         epochs = range(int(positions[0]) // size, int(positions[-1]) // size + 1)
         order = np.concatenate([_permutation(self.seed, epoch, size) for epoch in epochs])
-        rows = order[positions - epochs[0] * size]
-        return {name: array[rows] for name, array in self.arrays.items()}
+        chosen = order[positions - epochs[0] * size]
+        return {name: array[chosen] for name, array in self.arrays.items()}
 
 
 def label_dropout(source: Source, p: float, null: PyTree, *, seed: int = 0, part: tuple[int, int] = (0, 1)) -> Source:
@@ -98,6 +100,15 @@ def label_dropout(source: Source, p: float, null: PyTree, *, seed: int = 0, part
         return {**batch, "cond": jax.tree.map(one, cond, null)}
 
     return dropped
+
+
+def part_size(batch_size: int, part: tuple[int, int]) -> int:
+    """The rows of a batch that each of the processes in part = (p, P) holds. Raises ValueError unless P divides it."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    if batch_size % part[1]:
+        raise ValueError(f"a batch of {batch_size} does not split over {part[1]} processes: take a multiple")
+    return batch_size // part[1]
 
 
 def _generator(seed: int, stream: int, index: int) -> np.random.Generator:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
-from ddistill.data.arrays import Source
+from ddistill.data.arrays import Source, part_size
 
 PyTree = Any
 T = TypeVar("T")
@@ -219,23 +219,6 @@ def prefetched(make: Callable[[T], Made], items: Iterable[T], ahead: int) -> Gen
         finally:
             for _, made in coming:
                 made.cancel()
-
-
-def part_size(batch_size: int, part: tuple[int, int]) -> int:
-    """The rows of a batch that each of the processes in part = (p, P) holds. Raises ValueError unless P divides it."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    if batch_size % part[1]:
-        raise ValueError(f"a batch of {batch_size} does not split over {part[1]} processes: take a multiple")
-    return batch_size // part[1]
-
-
-def part_of(source: Source, batch_size: int, part: tuple[int, int]) -> Source:
-    """Part p of P of each batch of a source that gives whole ones: equal numbers of rows in order."""
-    if part == (0, 1):
-        return source
-    rows = part_size(batch_size, part)
-    return lambda step: jax.tree.map(lambda a: a[part[0] * rows : (part[0] + 1) * rows], source(step))
 
 
 def _grain():

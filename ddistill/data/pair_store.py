@@ -41,12 +41,12 @@ class PairStore:
         """The number of pairs."""
         return len(self.records)
 
-    def source(self, batch_size: int, seed: int = 0) -> Source:
+    def source(self, batch_size: int, seed: int = 0, *, part: tuple[int, int] = (0, 1)) -> Source:
         """Shuffled batches of noise, x, perhaps cond and path; those an `ArraySource` of all the pairs would give.
 
-        Only the rows of a batch are read.
+        Only the rows of a batch are read, and of its parts those of this one: part is as for `ArraySource`.
         """
-        numbers = ArraySource({"row": np.arange(len(self))}, batch_size, seed)
+        numbers = ArraySource({"row": np.arange(len(self))}, batch_size, seed, part=part)
         return lambda step: self.records.rows(numbers(step)["row"])
 
     def arrays(self) -> dict[str, np.ndarray]:
