@@ -131,14 +131,16 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
     def guide(teacher: Net) -> Net:
         return teacher if e.guidance == 1 else guided(teacher, e.guidance, data.none)
 
+    def place() -> Place:
+        return Place(sharding.make_mesh(e.fsdp, e.tensor), sharding.rule_of(e.layout))
+
     def from_pairs(teacher: Net, process: Process, wanted: Pairs, number: int) -> Source:
         key = jax.random.fold_in(jax.random.key(e.seed), number)
         if not wanted.count:
-            batches, mesh = data.source(e.batch_size, e.seed, 0.0), sharding.make_mesh(e.fsdp, e.tensor)
+            batches, at = data.source(e.batch_size, e.seed, 0.0), place()
             return fresh_pairs(
-                teacher, process, key, batches, mesh, rule=sharding.rule_of(e.layout), steps=wanted.steps,
-                integrator=wanted.integrator,
-            )  # fmt: skip
+                teacher, process, key, batches, at.mesh, rule=at.rule, steps=wanted.steps, integrator=wanted.integrator
+            )
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
             return data.pairs.source(e.batch_size, e.seed, part=(jax.process_index(), jax.process_count()))
@@ -148,14 +150,14 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
             raise ValueError("pairs for conditions that are no labels are made batch by batch: set count to 0")
         arrays = teacher_pairs(
             teacher, process, key, wanted.count, data.shape, steps=wanted.steps, integrator=wanted.integrator,
-            points=wanted.points, num_classes=data.num_classes,
+            points=wanted.points, num_classes=data.num_classes, place=place(),
         )  # fmt: skip
         return dataclasses.replace(data, arrays=arrays, items=None).source(e.batch_size, e.seed, 0.0)
 
     return stages_of(
         e.method(e.process), e.process, e.steps,
         data=lambda: data.source(e.batch_size, e.seed, 0.0), pairs=from_pairs,
-        optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate, space=data.space,
+        optimizer=e.optimizer.build, guide=guide, accumulate=e.accumulate, space=data.space, place=place,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ddistill.checkpoint import Checkpoints
 from ddistill.data import Source
 from ddistill.data.inverted import beside_inverted
 from ddistill.divergence import Back, DivergedError, Divergence, Rollbacks, Watch, slower
+from ddistill.gathering import Place
 from ddistill.goodput import Clock
 from ddistill.log import Log, Silent
 from ddistill.loop import Pace, Profile, fit
@@ -61,13 +62,14 @@ def stages_of(
     guide: Callable[[Net], Net] = lambda teacher: teacher,
     accumulate: int = 1,
     space: Space = UNKNOWN,
+    place: Callable[[], Place | None] = lambda: None,
 ) -> list[Stage]:
     """The stages of a method, one for each of its rounds, which share `steps` out.
 
     process: the first teacher's. data: the batches of rounds without pairs. pairs: makes those of rounds with pairs,
     from the teacher, in the student's process, for the round of a number from 0 on. guide: of the first round's
     teacher, in the teacher's own process; later teachers are students of it. space: what samples look like, for methods
-    whose networks are made for them.
+    whose networks are made for them. place: where teachers lie, as for `beside_inverted`; asked for when it is needed.
     """
     parts = rounds(made)
     stages = []
@@ -89,7 +91,7 @@ def stages_of(
             return beside_inverted(
                 made, data(), teacher, target,
                 share=wanted.inverted, count=wanted.count, steps=wanted.steps, integrator=wanted.integrator,
-                part=(jax.process_index(), jax.process_count()),
+                part=(jax.process_index(), jax.process_count()), place=place(),
             )  # fmt: skip
 
         name = part.name if len(parts) == 1 else f"student-{part.name}"

@@ -1,6 +1,7 @@
 """What a step on eight devices sends: each parameter in parts gathered once per use, its gradient summed once."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,16 +10,18 @@ from meshed import ALL, DATA, DEPTH, FSDP, METHODS, ONE, PROCESS, RULE, mesh, ne
 from test_runs import TINY
 
 from ddistill.config import MLPNetwork
+from ddistill.data import pairs
 from ddistill.data.pairs import fresh_program
 from ddistill.evaluate.samplers import start, student_solver
 from ddistill.gathering import Place
 from ddistill.grids import karras
 from ddistill.integrators import ddim
 from ddistill.log import Silent
+from ddistill.methods import KD
 from ddistill.methods.base import home
 from ddistill.plan import hlo
 from ddistill.plan.gathers import least
-from ddistill.runs import distil, open_run
+from ddistill.runs import distil, open_run, stages
 from ddistill.sharding import put_batch as batch_on
 from ddistill.sharding import spread
 
@@ -110,6 +113,51 @@ def test_pairs_are_made_by_gathering_each_kernel_once_a_call_and_sums_nothing():
         )["x"],
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
+
+
+def test_stored_pairs_are_made_of_a_teacher_in_parts(monkeypatch):
+    """With each kernel gathered once a call; they are those of one device, also where each pair is made alone."""
+    over, net, programs = mesh(FSDP), network(jax.random.key(0), width=64), []
+    jitted = pairs._make
+    monkeypatch.setattr(pairs, "_make", lambda *given: programs.append((jitted, given)) or jitted(*given))
+    make = functools.partial(
+        pairs.teacher_pairs, net, PROCESS, jax.random.key(1), 13, (4, 4, 4), steps=4, num_classes=4, batch_size=10
+    )  # fmt: skip
+    for integrator in (ddim, functools.partial(ddim, eta=0.5)):
+        apart = make(integrator=integrator, points=2, place=Place(over, RULE))
+        alone = make(integrator=integrator, points=2, devices=jax.devices()[:1])
+        assert {name: len(a) for name, a in apart.items()} == dict.fromkeys(("noise", "x", "cond", "path"), 13)
+        for name in apart:
+            np.testing.assert_allclose(apart[name], alone[name], rtol=1e-4, atol=1e-4)
+    program, given = programs[0]
+    kernels = {path: a for path, a in given[0].params.items() if a.size >= RULE.smallest}
+    assert all(8 * a.addressable_shards[0].data.size == a.size for a in kernels.values()) and len(kernels) > 5
+    found = hlo.collectives(hlo.parse(program.lower(*given).compile().as_text()))
+    stack, every = split(given[0].params, True), sum(p.nbytes for p in net.params.values())
+    assert 4 * sum(stack.values()) <= found["all-gather"].bytes <= 4.2 * every
+    assert set(found) <= {"all-gather", "all-to-all"}, found
+
+
+def test_pairs_are_made_by_the_runs_devices_each_of_which_holds_its_part_of_the_teacher(monkeypatch):
+    e = dataclasses.replace(
+        TINY, method=KD(steps=(1,), pairs=16, teacher_steps=4), network=MLPNetwork(width=64, blocks=1), fsdp=8,
+        layout={"blocks*.kernel": (None, "fsdp")}, batch_size=16,
+    )  # fmt: skip
+    given, make = [], pairs._make
+    monkeypatch.setattr(pairs, "_make", lambda teacher, *rest: given.append(teacher) or make(teacher, *rest))
+    data = e.data.load()
+    net = e.network.build(data, e.process, jax.random.key(0))
+    batch = stages(e, data)[1].source(net)(0)
+    kernels = [a for path, a in given[0].params.items() if path.startswith("blocks") and path.endswith("kernel")]
+    assert kernels and all(8 * a.addressable_shards[0].data.size == a.size for a in kernels)
+    whole = pairs.teacher_pairs(
+        net, e.process, jax.random.fold_in(jax.random.key(e.seed), 0), 16, (2,), steps=4, num_classes=2,
+        integrator=e.method.integrator,
+        devices=jax.devices()[:1],
+    )  # fmt: skip
+    rows = [int(np.argmin(np.abs(whole["noise"] - z).sum(1))) for z in batch["noise"]]
+    assert sorted(rows) == list(range(16))
+    np.testing.assert_allclose(batch["x"], whole["x"][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_an_opened_run_samples_by_gathering_each_kernel(tmp_path):

@@ -186,6 +186,58 @@ def test_consistency_of_dit_xl_2_is_the_hand_count(consistency):
     assert step.least.summed == pytest.approx(4 * dit_parameters(28), rel=0.02)
 
 
+def test_what_distribution_matching_of_dit_holds_is_the_hand_count():
+    """Over fsdp = 8: student and fake score, two moments of each, the average; heads of the adversary are small."""
+    experiment = published("imagenet256_dit_dmd")
+    held = analysed(experiment, 256, traced_once(experiment, 1))[0].held
+    one = 4 * dit_parameters(28) / 8
+    assert held["teacher"] == pytest.approx(one, rel=0.02)
+    assert held["parameters"] == pytest.approx(2 * one, rel=0.05)
+    assert held["optimiser"] == pytest.approx(4 * one, rel=0.05)
+    assert held["averages"] == pytest.approx(one, rel=0.02)
+
+
+def flux_adapter(rank=64, d=3072):
+    """rank · (in + out) of every linear map of FLUX's blocks, whose widths are those of its paper's code."""
+    double = [(d, 6 * d)] * 2 + [(d, d)] * 8 + [(d, 4 * d), (4 * d, d)] * 2  # norms; q, k, v, out; feed-forward
+    single = [(d, 3 * d)] + [(d, d)] * 3 + [(d, 4 * d), (5 * d, d)]
+    return rank * sum(19 * (a + b) for a, b in double) + rank * sum(38 * (a + b) for a, b in single)
+
+
+def sdxl_adapter(rank=64, context=2048):
+    """rank · (in + out), of a convolution in · 9 + out, of what the experiment's LAYERS name."""
+
+    def resnet(a, b):
+        return 9 * a + b + 9 * b + b + 1280 + b + (a + b if a != b else 0)
+
+    def transformer(c, layers):
+        attention = 4 * 2 * c + 2 * 2 * c + 2 * (context + c)  # of the samples; queries and out; keys and values
+        return 2 * 2 * c + layers * (attention + (c + 8 * c) + (4 * c + c))
+
+    down = [(320, 320)] * 2 + [(320, 640), (640, 640), (640, 1280), (1280, 1280)]
+    up = [(2560, 1280)] * 2 + [(1920, 1280), (1920, 640), (1280, 640), (960, 640), (960, 320)] + [(640, 320)] * 2
+    total = sum(resnet(a, b) for a, b in [*down, (1280, 1280), (1280, 1280), *up])
+    total += (2 + 3) * transformer(640, 2) + (2 + 1 + 3) * transformer(1280, 10)
+    return rank * (total + sum(9 * c + c for c in (320, 640, 1280, 640)))  # down twice, up twice
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "adapter", "fsdp"),
+    [
+        ("flux_flow_consistency", 11_901_408_320, flux_adapter, 16),
+        ("sdxl_lcm_lora", 2_567_463_684, sdxl_adapter, 8),
+    ],
+)
+def test_what_an_adapter_holds_is_the_hand_count(name, teacher, adapter, fsdp):
+    experiment = published(name)
+    held = analysed(experiment, 256, traced_once(experiment, 1))[0].held
+    own = 4 * adapter() / fsdp
+    assert held["teacher"] == pytest.approx(4 * teacher / fsdp, rel=0.02)
+    assert held["parameters"] == pytest.approx(own, rel=0.02)
+    assert held["optimiser"] == pytest.approx(2 * own, rel=0.02)
+    assert held["averages"] == pytest.approx(own, rel=0.02)
+
+
 def test_distribution_matching_of_dit_is_the_hand_count():
     """Passes of the two turns, of which the second is every fifth.
 
@@ -453,13 +505,17 @@ def test_a_plan_counts_every_turn_as_often_as_it_comes(tmp_path):
     assert made.seconds() == pytest.approx((teacher.time.seconds + student.time.seconds) / 2)
     assert made.cost(2.0) == pytest.approx(1e6 / 64 * made.seconds() * 8 * 2 / 3600)
     assert all(0 < row.mfu <= 1 and row.compiled is None for row in made.rows)
-    assert not made.notes
+    (note,) = made.notes
+    assert "22 steps of the teacher for each of 100,000 before its first step" in note
     file = tmp_path / "small.py"
     file.write_text(file.read_text().replace("digits_dmd", "digits_kd"))
     (note,) = make(
         file, ["--method.steps", "1", "--method.pairs", "0", "--method.teacher-steps", "40"], pod("h100:8")
     ).notes
     assert "what makes the pairs of " in note and "40 steps of the teacher for each batch" in note
+    (note,) = make(file, ["--method.steps", "1", "--method.pairs", str(2**21)], pod("h100:8")).notes
+    assert "each of 2,097,152 before its first step" in note
+    assert "keeps all of them in its memory, 1 GiB" in note  # noise and x of 8 × 8 numbers, and a label: 1.01
     method = load_experiment(EXPERIMENTS / "published" / "imagenet256_dit_dmd.py")
     assert sum(turns(method.method(method.process)).values()) == pytest.approx(1)
 

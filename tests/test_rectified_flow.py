@@ -11,9 +11,9 @@ from scipy import integrate, stats
 
 from ddistill import grids
 from ddistill.data.inverted import beside_inverted
-from ddistill.data.loading import part_of
 from ddistill.data.pairs import teacher_pairs
 from ddistill.evaluate.flow import straightness, transport_cost
+from ddistill.gathering import Place
 from ddistill.integrators import ddim, euler, rk4
 from ddistill.losses.distances import L2, PseudoHuber
 from ddistill.losses.times import Nodes, Uniform, UShaped
@@ -24,6 +24,7 @@ from ddistill.mixture import Mixture, as_teacher
 from ddistill.net import Net, retime
 from ddistill.process import edm, flow, trig, vp
 from ddistill.sample import sample
+from ddistill.sharding import make_mesh
 from ddistill.stages import stages_of
 
 C, FLOW = 0.5, flow()
@@ -211,7 +212,8 @@ def test_pairs_hold_the_noise_of_t_one_and_the_data_it_flows_to():
     np.testing.assert_allclose(made["x"], C * made["noise"], rtol=2e-3, atol=1e-3)
 
 
-def test_a_share_of_the_pairs_is_data_and_the_noise_it_flows_to():
+@pytest.mark.parametrize("parts", [0, 8], ids=["here", "over a mesh"])
+def test_a_share_of_the_pairs_is_data_and_the_noise_it_flows_to(parts):
     rng = np.random.default_rng(0)
     stored = rng.normal(0, C, (6, 10, 2)).astype(np.float32)
 
@@ -223,7 +225,8 @@ def test_a_share_of_the_pairs_is_data_and_the_noise_it_flows_to():
 
     made = Reflow(k=2, count=40, teacher_steps=96, inverted=0.3)(edm())
     width = np.hypot((1 - FLOW.t_min) * C, FLOW.t_min)  # of data at t_min, which the flow takes to N(0, 1)
-    stage = stages_of(made, edm(), 10, data=lambda: data, pairs=pairs, optimizer=None)[0]
+    place = Place(make_mesh(parts)) if parts else None  # whose eight devices do not divide three rows
+    stage = stages_of(made, edm(), 10, data=lambda: data, pairs=pairs, optimizer=None, place=lambda: place)[0]
     source = stage.source(gaussian())
     for step in range(8):
         batch, there = source(step), step % 4  # 12 of 40 are inverted, three in each of four batches
@@ -244,7 +247,7 @@ def test_what_is_inverted_does_not_depend_on_the_number_of_processes(processes):
 
     def source(part):
         def rows(step, of):
-            return part_of(lambda _: {"x": of}, 10, part)(step)
+            return {"x": np.split(of, part[1])[part[0]]}
 
         return beside_inverted(
             lambda step: rows(step, np.zeros((10, 2), np.float32)) | {"noise": rows(step, np.ones((10, 2)))["x"]},

@@ -46,6 +46,7 @@ from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.evaluate.samplers import across, start, student_sampler, teacher_sampler
+from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_2m
 from ddistill.lora import low_rank
 from ddistill.methods import METHODS
@@ -216,13 +217,15 @@ def pairs(command: Pairs) -> None:
     experiment, data = opened.experiment, opened.data
     first = student_stages(experiment, data)[0]
     process = first.method.process or experiment.process
+    mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
+    place = Place(mesh, sharding.rule_of(experiment.layout)) if mesh.size > 1 else None
     with Progress(console=Console(stderr=True), disable=not (hosts.first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("pairs", total=None)
         made = write_pairs(
             command.out, first.enter(first.guide(opened.teacher)), process, jax.random.key(command.seed),
             command.count, data.shape, num_classes=data.num_classes, steps=command.steps, points=command.points,
             integrator=getattr(integrators, command.integrator), shard_size=command.shard_size,
-            report=lambda done, total: progress.update(bar, completed=done, total=total),
+            report=lambda done, total: progress.update(bar, completed=done, total=total), place=place,
         )  # fmt: skip
     store = open_pairs(command.out)
     say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")

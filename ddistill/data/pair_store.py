@@ -10,9 +10,10 @@ import numpy as np
 from jax import Array
 
 from ddistill.data.arrays import ArraySource, Source
-from ddistill.data.pairs import at_least_one, gathered, pair_maker
+from ddistill.data.pairs import at_least_one, gathered, pair_maker, whole
 from ddistill.data.records import Kind, Records, open_records, write_records
 from ddistill.digests import digest_of
+from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net
 from ddistill.overrides import describe, differences
@@ -84,17 +85,20 @@ def write_pairs(
     batch_size: int = 4096,
     report: Callable[[int, int], None] = lambda done, of: None,
     part: tuple[int, int] | None = None,
+    place: Place | None = None,
 ) -> int:
     """Make the pairs of `teacher_pairs` in a folder; answers how many shards this call had to make.
 
     Shards that are there and whole stay, so that a call that was cut off goes on where it stopped, and one with a
     larger count adds to the store. part: (p, P) makes the shards p, p + P, …; by default those of this process among
-    all, which then wait for each other and must share the folder. report: called with the pairs of this part that are
-    done, and with their number.
+    all, which then wait for each other and must share the folder. place: as for `pair_maker`; all processes of its mesh
+    call this, make every shard together, and write a part of them each. report: called with the pairs of this part that
+    are done, and with their number.
     Raises ValueError where the folder holds other pairs or other things, OSError where it cannot be written.
     """
     at_least_one(count=count, shard_size=shard_size)
-    folder, teacher = Path(folder), gathered(teacher)
+    folder = Path(folder)
+    teacher = teacher if place is not None else gathered(teacher)
     made = {
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "random": str(jax.random.key_impl(key)),
@@ -108,14 +112,15 @@ def write_pairs(
     }
     make = pair_maker(
         teacher, process, key, shape, steps=steps, num_classes=num_classes, integrator=integrator, points=points,
-        batch_size=min(batch_size, shard_size, count),
+        batch_size=min(batch_size, shard_size, count), place=place,
     )  # fmt: skip
 
     def typed(first: int, rows: int) -> dict[str, np.ndarray]:
         kinds = {"i": np.int32, "f": np.float32}
         return {name: a.astype(kinds[a.dtype.kind], copy=False) for name, a in make(first, rows).items()}
 
-    return write_records(folder, KIND, made, count, shard_size, typed, report=report, part=part)
+    together = place is not None
+    return write_records(folder, KIND, made, count, shard_size, typed, report=report, part=part, together=together)
 
 
 def open_pairs(folder: Path | str) -> PairStore:
@@ -129,4 +134,4 @@ def open_pairs(folder: Path | str) -> PairStore:
 
 def fingerprint(teacher: Net) -> str:
     """A digest of all arrays of a network, by name."""
-    return digest_of((teacher.params, teacher.rest))
+    return digest_of((teacher.params, teacher.rest), whole)

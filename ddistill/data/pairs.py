@@ -16,7 +16,7 @@ from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_3m
 from ddistill.net import Net, laid_out
 from ddistill.process import Process
-from ddistill.sharding import Rule, batch_sharding, local_mesh, put_batch, replicated
+from ddistill.sharding import Rule, batch_parts, batch_sharding, local_mesh, put_batch, replicated, spread
 
 Make = Callable[[int, int], dict[str, np.ndarray]]
 """(first, count) -> the pairs first, …, first + count − 1."""
@@ -35,19 +35,21 @@ def teacher_pairs(
     points: int = 0,
     batch_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
+    place: Place | None = None,
 ) -> dict[str, np.ndarray]:
     """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.
 
     Pair i depends on the key and i alone, whatever the batch size and the number of devices (x up to rounding). Labels
-    are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. devices: by default
-    those of this process; then several processes, all of which call this, make a part of the pairs each, and get all.
+    are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. place, devices: as
+    for `pair_maker`; with neither, several processes, all of which call this, make a part of the pairs each, and get
+    all, as they do with a place.
     Raises ValueError for counts below 1 and where the integrator leads to NaN or infinity.
     """
     at_least_one(count=count)
-    batch_size, together = min(batch_size, count), devices is None and jax.process_count() > 1
+    batch_size, together = min(batch_size, count), devices is None and place is None and jax.process_count() > 1
     make = pair_maker(
         teacher, process, key, shape, steps=steps, num_classes=num_classes, integrator=integrator, points=points,
-        batch_size=batch_size, devices=devices,
+        batch_size=batch_size, devices=devices, place=place,
     )  # fmt: skip
     return _shared_out(make, count, batch_size) if together else make(0, count)
 
@@ -81,9 +83,13 @@ def pair_maker(
     points: int = 0,
     batch_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
+    place: Place | None = None,
 ) -> Make:
     """What makes any range of the pairs of `teacher_pairs`, compiled once; batches are split over the devices.
 
+    place: the mesh over which they are made, by all of its processes together, and the rule by which the teacher lies
+    there, each device holding its part. Without one the teacher is whole on each of `devices`, by default those of this
+    process.
     path holds x at the nodes of grids.karras(process, points), noise first and x last. The integrator starts anew in
     each interval between two nodes, with as many steps in each, so that there are at least `steps` in all; the
     last interval, from t_min to 0, takes one. A multistep method is therefore best left to pairs without path. An
@@ -92,17 +98,21 @@ def pair_maker(
     at_least_one(steps=steps, batch_size=batch_size)
     if points < 0:
         raise ValueError(f"points = {points} must be 0, for no path, or the number of its intervals")
-    mesh = local_mesh(devices)
-    size = -(-batch_size // mesh.size) * mesh.size
-    there = jax.device_put((gathered(teacher), key), replicated(mesh))
+    mesh = local_mesh(devices) if place is None else place.mesh
+    size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
+    if place is None:  # a network of an opened run may know of a mesh of several processes
+        there = jax.device_put((laid_out(gathered(teacher), None), key), replicated(mesh))
+    else:
+        there = laid_out(spread(mesh, teacher, place.rule), place), key
 
     def pairs(first: int, count: int) -> dict[str, np.ndarray]:
         parts = []
         for start in range(first, first + count, size):
             # The last batch is filled up and cut, so that one compilation serves all.
-            indices = jax.device_put(start + np.arange(size), batch_sharding(mesh))
-            made = _make(*there, indices, process, tuple(shape), steps, num_classes, integrator, points)
-            parts.append(jax.device_get(made))
+            numbers = start + np.arange(size)
+            indices = jax.make_array_from_callback((size,), batch_sharding(mesh), numbers.__getitem__)
+            made = _make(*there, indices, process, tuple(shape), steps, num_classes, integrator, points, mesh)
+            parts.append(jax.device_get(jax.tree.map(whole, made)))
         made = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
         if points:  # here and not in _make, where XLA may compute the noise twice and round differently
             made["path"] = np.concatenate([made["noise"][:, None], made["path"]], axis=1)
@@ -112,7 +122,7 @@ def pair_maker(
     return pairs
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8, 9))
 def _make(
     teacher: Net,
     key: Array,
@@ -123,6 +133,7 @@ def _make(
     num_classes: int,
     integrator: Callable,
     points: int,
+    mesh: Mesh,
 ) -> dict[str, Array]:
     """The pairs of these numbers; path lacks its first point, the noise."""
     segments = _segments(process, steps, points)
@@ -149,7 +160,8 @@ def _make(
         passed.append(jnp.moveaxis(ends, 0, 1))
         number += len(part)
     made = {"noise": noise, "x": x} | ({} if cond is None else {"cond": cond})
-    return made | ({"path": jnp.concatenate(passed, axis=1)} if points else {})
+    made |= {"path": jnp.concatenate(passed, axis=1)} if points else {}
+    return jax.lax.with_sharding_constraint(made, batch_sharding(mesh))
 
 
 def fresh_program(process: Process, grid: np.ndarray, integrator: Callable, place: Place) -> Callable[..., Any]:
@@ -194,17 +206,18 @@ def fresh_pairs(
 
 def gathered(teacher: Net) -> Net:
     """The teacher with every array whole in this process, also where several processes share it."""
+    return jax.tree.map(whole, teacher)
 
-    def one(leaf):
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return leaf
-        if leaf.is_fully_replicated:
-            return leaf.addressable_data(0)
-        from jax.experimental.multihost_utils import process_allgather
 
-        return process_allgather(leaf, tiled=True)
+def whole(array: Any) -> Any:
+    """An array whole in this process; of one that several processes share, all of which call this, a copy."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    from jax.experimental.multihost_utils import process_allgather
 
-    return jax.tree.map(one, teacher)
+    return process_allgather(array, tiled=True)
 
 
 def at_least_one(**counts: int) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddistill import storage
+from ddistill import hosts, storage
 from ddistill.overrides import differences
 
 MANIFEST = "manifest.json"
@@ -103,12 +103,14 @@ def write_records(
     *,
     report: Callable[[int, int], None] = lambda done, of: None,
     part: tuple[int, int] | None = None,
+    together: bool = False,
 ) -> int:
     """Make the records of `count` items; answers how many shards this call had to make.
 
     Shards that are there and whole stay, so that a call that was cut off goes on where it stopped, and one with a
     larger count adds to the folder. made: JSON that tells apart what must not be mixed. part: (p, P) makes the shards
     p, p + P, …; by default those of this process among all, which then wait for each other and must share the folder.
+    together: each shard is made by all processes at once, and written by the one whose part it is of.
     report: called with the items of this part that are done, and with their number.
     Raises ValueError where the folder holds other records or other things, and for one in a bucket, of which shards
     cannot be mapped; OSError where it cannot be written.
@@ -123,13 +125,17 @@ def write_records(
         _claim(folder, kind, {"kind": kind.name, "count": count, "shard_size": shard_size, "made": dict(made)})
         mine = range(index, -(-count // shard_size), parts)
         done, total, new = 0, sum(expected(i, count, shard_size) for i in mine), 0
-        for i in mine:
+        for i in range(-(-count // shard_size)) if together else mine:
             rows = expected(i, count, shard_size)
-            if _whole(folder, kind, i, rows) is None:
-                put_single(folder, _stem(i), make(i * shard_size, rows))
-                new += 1
-            done += rows
-            report(done, total)
+            missing = i in mine and _whole(folder, kind, i, rows) is None
+            if hosts.in_any(missing) if together else missing:
+                records = make(i * shard_size, rows)
+                write = functools.partial(put_single, folder, _stem(i), records) if missing else (lambda: None)
+                hosts.checked_by_all(write) if together else write()
+                new += missing
+            if i in mine:
+                done += rows
+                report(done, total)
     except OSError as error:
         raise OSError(f"cannot write {kind.noun} to {folder}: {error.strerror or error}") from error
     if part is None and parts > 1:

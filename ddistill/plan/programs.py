@@ -14,8 +14,9 @@ from ddistill import sharding
 from ddistill.config import Experiment
 from ddistill.dry_run import Built, build
 from ddistill.gathering import Place
-from ddistill.methods.base import Method, home, sampling_of
+from ddistill.methods.base import Method, Pairs, home, sampling_of
 from ddistill.net import Net, Scaled, laid_out
+from ddistill.plan.chips import GIB
 from ddistill.sample import sample
 
 PyTree = Any
@@ -55,11 +56,8 @@ def programs(
     found = []
     for part in built:
         pairs = part.stage.method.pairs
-        if pairs is not None and not pairs.count:
-            notes.append(
-                f"what makes the pairs of {part.stage.name}, {pairs.steps} steps of the teacher for each batch, "
-                "which may take most of its time"
-            )
+        if pairs is not None:
+            notes.append(_of_pairs(pairs, part))
         for turn, share in turns(part.stage.method).items():
             found.append(
                 Program(part.stage.name, turn, part.stage.steps, share, experiment.batch_size, _step(part, turn, mesh))
@@ -67,6 +65,17 @@ def programs(
     count = experiment.batch_size if samples is None else samples
     draw = _sampler(experiment, built[-1], mesh, sample_steps, count)
     return [*found, Program(SAMPLER, (), sample_steps, 1.0, count, draw)], built, notes
+
+
+def _of_pairs(pairs: Pairs, part: Built) -> str:
+    what = f"what makes the pairs of {part.stage.name}, {pairs.steps} steps of the teacher for each"
+    if not pairs.count:
+        return f"{what} batch, which may take most of its time"
+    row = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(part.batch))
+    return (
+        f"{what} of {pairs.count:,} before its first step, by the teacher in the same parts; unless `ddistill pairs` "
+        f"has stored them, each process then keeps all of them in its memory, {pairs.count * row / GIB:.2g} GiB"
+    )
 
 
 def turns(method: Method) -> dict[tuple[str, ...], float]:
