@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
-from ddistill.data.arrays import Source, part_size
+from ddistill.data.arrays import part_size
 
 PyTree = Any
 T = TypeVar("T")
