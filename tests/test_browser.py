@@ -348,14 +348,17 @@ def test_the_keyboard_sees_where_it_is(browser, report):
     assert browser.run("return document.activeElement.id") == "show-match" and float(width[:-2]) >= 2
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
-def test_the_rows_of_the_benchmark_and_of_digits_open_beside_a_run(browser, published_rows, width, scheme):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_rows_of_the_benchmark_and_of_digits_open_beside_runs(browser, published_rows, width, scheme):
     browser.driver.get_log("performance"), browser.driver.get_log("browser")
     browser.open(published_rows, width=width, height=800, prefers_color_scheme=scheme)
     plots_drawn(browser, browser.run("return document.querySelectorAll('.plot').length"))
     assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert (luminance(browser) > 0.9) == (scheme == "light")
     titles = {name.partition(" (")[0] for name in browser.texts("main h2")}
-    assert {"ring8", "digits", "digits.json"} <= titles
+    assert {"ring8", "grid25", "unseen-2d", "digits", "digits 2", "digits.json"} <= titles
+    assert {f"run-{name}" for name in RUNS} <= set(browser.texts("#chips label"))
     shown = browser.texts("tbody th")
     assert {"kd", "dmd", "ctm_gan", "digits_add", "digits_kd"} <= {name.partition("\n")[0] for name in shown}
     events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
@@ -365,19 +368,24 @@ def test_the_rows_of_the_benchmark_and_of_digits_open_beside_a_run(browser, publ
     assert browser.driver.get_log("browser") == []
 
 
+RUNS = {
+    "consistency": (),
+    "kd": ("--method.pairs", "16", "--method.teacher-steps", "2"),
+}
+"""Experiments on digits, made small by these flags as well."""
+
+
 @pytest.fixture(scope="module")
 def published_rows(tmp_path_factory, one_device):
-    """The page of rows in experiments/results, of the benchmark those of one mixture, and of a tiny run on digits."""
+    """The page of all rows in experiments/results, with their samples where they are kept, and of tiny runs."""
     folder = tmp_path_factory.mktemp("published")
-    run, results = folder / "run", Path(__file__).parents[1] / "experiments" / "results"
-    experiment = results.parent / "digits_consistency.py"
+    results = Path(__file__).parents[1] / "experiments" / "results"
     flags = ["--network.width", "16", "--network.blocks", "1", "--teacher.steps", "2", "--steps", "2"]
-    assert main(["distill", str(experiment), "--workdir", str(run), *flags, "--batch-size", "8"]) == 0
-    rows = json.loads((results / "exact.json").read_text(encoding="utf-8"))["rows"]
-    (folder / "exact.json").write_text(json.dumps({"rows": [row for row in rows if row["mixture"] == "ring8"]}))
-    (folder / "exact-samples").symlink_to(results / "exact-samples")
-    given = [str(folder / "exact.json"), str(results / "digits.json")]
-    assert main(["report", str(run), *given, "--out", str(folder), "--samples", "9", "--steps", "1", "2"]) == 0
+    for name, more in RUNS.items():
+        experiment, run = results.parent / f"digits_{name}.py", folder / "runs" / f"run-{name}"
+        assert main(["distill", str(experiment), "--workdir", str(run), *flags, "--batch-size", "8", *more]) == 0
+    given = [str(folder / "runs"), str(results / "exact.json"), str(results / "digits.json")]
+    assert main(["report", *given, "--out", str(folder), "--samples", "9", "--steps", "1", "2"]) == 0
     return folder / "index.html"
 
 
