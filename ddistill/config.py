@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ddistill.data import ArraySource, Source, label_dropout
 from ddistill.data.loading import Readable, loader, released
 from ddistill.data.pair_store import PairStore, open_pairs
+from ddistill.data.pairs import at_least_one
 from ddistill.divergence import Divergence
 from ddistill.hub.configs import kind_with, with_dropout
 from ddistill.hub.load import load_network, open_config, open_diffusion
@@ -36,9 +37,12 @@ from ddistill.sharding import Axes, Rule
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam with linear warm-up and cosine decay to zero; weight_decay > 0 makes it AdamW, clip > 0 bounds the norm.
+    """Adam with linear warm-up and cosine decay to zero; weight_decay > 0 makes it AdamW.
 
-    rectified: RAdam (Liu et al. 2020), whose first steps wait for the second moment, in place of Adam.
+    learning_rate: after the warm-up. warmup: its updates, at most half of all. decay: the rate falls to zero by the
+    end. b1, b2: of the means of gradients and of their squares. weight_decay: 0 for none. clip: bounds the gradient's
+    norm, 0 does not. rectified: RAdam (Liu et al. 2020), whose first steps wait for the second moment, in place of
+    Adam.
     """
 
     learning_rate: float = 1e-3
@@ -157,12 +161,16 @@ class PairsData:
 
     def load(self) -> Data:
         """Read the dataset and open the store."""
-        return dataclasses.replace(self.data.load(), pairs=open_pairs(self.folder))
+        return dataclasses.replace(loaded(self.data), pairs=open_pairs(self.folder))
 
 
 @dataclass(frozen=True)
 class MLPNetwork:
-    """A residual MLP; bfloat16 computes in bfloat16 with float32 parameters."""
+    """A residual MLP.
+
+    width: numbers in each layer. blocks: residual blocks. dropout: share of numbers that are dropped in training.
+    bfloat16: computes in bfloat16 with float32 parameters.
+    """
 
     width: int = 256
     blocks: int = 4
@@ -270,19 +278,31 @@ class Imported:
 
 @dataclass(frozen=True)
 class Teacher:
-    """How the teacher is trained before it is distilled."""
+    """How the teacher is trained before it is distilled.
+
+    steps: its training steps. unlabelled: share of the labels that are left out, for guidance.
+    """
 
     method: Denoising = field(default_factory=lambda: Denoising(times=LogNormal(-0.8, 1.4)))
     steps: int = 3000
     optimizer: Optimizer = field(default_factory=Optimizer)
     unlabelled: float = 0.1
 
+    def __post_init__(self):
+        at_least_one(**{"teacher.steps": self.steps})
+        if not 0 <= self.unlabelled <= 1:
+            raise ValueError(f"teacher.unlabelled = {self.unlabelled} is a share of the labels: give 0 to 1")
+
 
 @dataclass(frozen=True)
 class Experiment:
     """A teacher, and a method that distils it. Seeds fix everything that is random.
 
-    published: what a dry run takes for an imported teacher and its data where their folders are not there.
+    name: of the run, runs/NAME by default. guidance: the scale at which the method sees the teacher; 1 is none. steps:
+    training steps of the student, of all rounds together. batch_size: on all devices together. accumulate: gradients
+    are averaged over so many parts of each batch. seed: of initial weights, batches and noise. log_every: steps between
+    metrics. checkpoint_every: steps between checkpoints. published: what a dry run takes for an imported teacher and
+    its data where their folders are not there.
     fsdp: groups of so many devices share one copy of parameters and optimiser states; each device keeps a part.
     tensor: so many devices work on the same samples, each on a part of the heads and the feed-forward map of a
     transformer's blocks. Their product divides the number of devices, and the batch is split over the others and fsdp.
@@ -316,6 +336,37 @@ class Experiment:
     preview_every: int = 0
     preview_samples: int = 256
     wandb: str = ""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, type):
+                raise ValueError(f"{f.name} is the class {value.__name__}: write {value.__name__}()")
+        if not callable(self.method):
+            raise ValueError(f"method = {self.method!r} is no method: give one of ddistill.methods, KD() for example")
+        if not hasattr(self.data, "load"):
+            raise ValueError(
+                f"data = {self.data!r} has no load(): give a dataset, ImageFolder('photos', size=64) for example"
+            )
+        if not hasattr(self.network, "build"):
+            raise ValueError(f"network = {self.network!r} has no build(): give one, MLPNetwork(width=128) for example")
+        counts = "steps batch_size accumulate fsdp tensor log_every checkpoint_every steps_per_dispatch preview_samples"
+        at_least_one(**{name: getattr(self, name) for name in counts.split()})
+        for name in ("seed", "preview_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
+
+
+def loaded(dataset: Dataset) -> Data:
+    """What a dataset's load() answers. Raises ValueError where that is no Data, and as load() does."""
+    data = dataset.load()
+    if not isinstance(data, Data):
+        raise ValueError(f"{type(dataset).__name__}.load() answered {_kind(data)}: a ddistill.config.Data is expected")
+    return data
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def resolved(experiment: Experiment) -> Experiment:

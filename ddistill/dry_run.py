@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddistill import sharding
-from ddistill.config import Data, Experiment, Imported, Published, resolved
+from ddistill.config import Data, Experiment, Imported, Published, loaded, resolved
 from ddistill.datasets import LatentFolder
 from ddistill.hub.load import parts_of, plan
 from ddistill.hub.tensors import open_tensors
 from ddistill.hub.weights import OURS
 from ddistill.lora import is_adapted
 from ddistill.net import Apply, Net
-from ddistill.runs import stages
+from ddistill.runs import check_batch, stages
 from ddistill.stages import Stage, prepare, result, trainer_of
 from ddistill.train import State, Trainer
 
@@ -79,12 +79,7 @@ def dry_run(experiment: Experiment, devices: int | None = None) -> DryRun:
     if devices < 1:
         raise ValueError(f"devices = {devices}: a run needs at least one")
     mesh = sharding.abstract_mesh(devices, experiment.fsdp, experiment.tensor)
-    parts = sharding.batch_parts(mesh) * experiment.accumulate
-    if experiment.batch_size % parts:
-        raise ValueError(
-            f"batch_size = {experiment.batch_size} does not split into {experiment.accumulate} parts (accumulate) over "
-            f"{sharding.batch_parts(mesh)} devices: take a multiple of {parts}"
-        )
+    check_batch(experiment, mesh)
     built, notes = build(experiment)
     plans = []
     for part in built:
@@ -201,7 +196,7 @@ def _data(experiment: Experiment) -> tuple[Data, list[str]]:
     if isinstance(data, LatentFolder):
         data = dataclasses.replace(data, verify=False)  # seconds per gigabyte
     try:
-        return data.load(), []
+        return loaded(data), []
     except FileNotFoundError as error:
         if experiment.published is None:
             raise

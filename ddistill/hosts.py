@@ -195,17 +195,19 @@ def leave(why: BaseException, status: int) -> int:
 
 
 @contextmanager
-def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
     """Keep other commands out of a folder on disk while inside, by a lock that ends with the process, however it ends.
 
-    Called by process 0 alone. Commands of another host are not kept out, since a host that is lost may leave its locks
-    on a shared disk: of them `tell` is told in words. Where the disk knows no locks nothing is kept out.
+    Called by process 0 alone; gives whether the lock is held. Commands of another host are not kept out, since a host
+    that is lost may leave its locks on a shared disk: of them `tell` is told in words. Where the disk knows no locks
+    nothing is kept out.
     Raises Busy where a process of this host is inside, OSError where the folder cannot be written.
     """
-    here = _host()
+    here, held = _host(), False
     with (folder / ".lock").open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
             file.truncate(0)
             file.write(f"{os.getpid()} {here}\n".encode())
         except BlockingIOError:
@@ -220,7 +222,7 @@ def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
             tell(f"{who} is training in {folder} on another host, unless that is lost: stop one of the two")
         except OSError:  # no locks, or no room to write who holds this one
             pass
-        yield
+        yield held
 
 
 def _host() -> str:

@@ -44,6 +44,9 @@ class Log(Protocol):
     def note(self, text: str) -> None:
         """Words for who reads the log."""
 
+    def waits(self, text: str) -> None:
+        """What is done while no steps are; said often, it may be told now and then."""
+
 
 class Silent:
     """A log that keeps metrics in `rows`, words in `notes`, what was spent last in `clock`, and what it is shown.
@@ -84,6 +87,9 @@ class Silent:
         """Keep the words."""
         self.notes.append(text)
 
+    def waits(self, text: str) -> None:
+        """Nothing."""
+
 
 class RunLog:
     """A log in a folder, metrics.jsonl, events/, previews/, log.txt and where needed notes.txt, and on the terminal.
@@ -106,6 +112,7 @@ class RunLog:
         self._stage = ""
         self._losses: dict[str, float] = {}
         self._seen = ""
+        self._waited = -math.inf
         if self._writes:
             from tensorboardX import SummaryWriter
 
@@ -244,6 +251,12 @@ class RunLog:
             if self._board is not None:
                 self._board.tell(self._stage, self._spent[0], {"goodput": done.share})
         self._spent = None
+
+    def waits(self, text: str) -> None:
+        """A plain line, at most every five seconds."""
+        if self._writes and time.monotonic() - self._waited > 5:
+            self._waited = time.monotonic()
+            self._line(text)
 
     def note(self, text: str) -> None:
         """Print the words, in every process, and keep them."""

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,9 @@ class Mixture:
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(missing)} and has {', '.join(file.files)}; give {accepted}")
             try:
-                arrays = {key: file[key] for key in ("weights", "means", "covariances", "labels") if key in file}
+                arrays = {
+                    key: _numbers(file, key) for key in ("weights", "means", "covariances", "labels") if key in file
+                }
                 return cls.from_covariances(**arrays)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
@@ -279,6 +282,13 @@ def _finite(values: ArrayLike, name: str) -> np.ndarray:
     if bad:
         raise ValueError(f"{name} must be finite; {bad} of {array.size} values are NaN or infinite")
     return array
+
+
+def _numbers(file: Any, key: str) -> np.ndarray:
+    try:
+        return file[key]
+    except ValueError as error:  # which numpy says in words of pickles
+        raise ValueError(f"{key} holds objects: save it as an array of numbers, of float64 for example") from error
 
 
 def _check_labels(labels: np.ndarray, k: int) -> np.ndarray:

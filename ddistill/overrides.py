@@ -5,13 +5,15 @@ default instance and not from the types: `--method.intervals 20` exists because 
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
@@ -25,13 +27,39 @@ def override(config: T, flags: Sequence[str], prog: str) -> T:
     """The dataclass `config` with fields replaced by flags such as `--optimizer.learning-rate 3e-4`.
 
     Numbers, strings, booleans (--x, --no-x) and tuples of them can be set, however deep; functions and arrays stay.
-    Prints a message with the nearest names and exits with status 2 for an unknown flag or a value of another type;
-    prints all flags and exits for --help.
+    Raises ValueError for the flag of an unknown field or of one that only the file sets. Prints a message and exits
+    with status 2 for a value of another type; prints all flags and exits for --help.
     """
     import tyro
 
+    for flag in flags:
+        if flag.startswith("--") and flag != "--help":
+            _check_flag(config, flag.partition("=")[0])
     mirror = _mirror(config)
-    return _apply(config, tyro.cli(type(mirror), default=mirror, args=list(flags), prog=prog))
+    about = (
+        f"{mirror.__doc__}\n\nFor --workdir and all that is not of the experiment: {' '.join(prog.split()[:2])} --help"
+    )
+    made = tyro.cli(
+        type(mirror), default=mirror, args=list(flags), prog=prog, description=about, config=(tyro.conf.SuppressFixed,)
+    )  # fmt: skip
+    return _apply(config, made)
+
+
+def _check_flag(config: Any, flag: str) -> None:
+    """Raise ValueError unless the flag is of a field that it can set."""
+    at, hint, path = config, None, flag[2:].replace("-", "_").split(".")
+    for i, name in enumerate(path):
+        names = [f.name for f in _fields(at)] if dataclasses.is_dataclass(at) and not isinstance(at, type) else []
+        name = name[3:] if name.startswith("no_") and name[3:] in names else name
+        if name not in names:
+            near, of = difflib.get_close_matches(name, names, 1), ".".join(path[:i]) or "the experiment"
+            shown = f", did you mean {near[0]}?" if near else f"; it has {', '.join(names)}" if names else ""
+            raise ValueError(f"{flag}: {of} has no field {name}{shown}".replace("_", "-"))
+        hint, at = _hints(type(at)).get(name), getattr(at, name)
+    if _plain_type(hint, at) is None:
+        inner = _fields(at) if dataclasses.is_dataclass(at) and not isinstance(at, type) else []
+        more = f"; its own fields are flags, {flag}.{inner[0].name.replace('_', '-')} for example" if inner else ""
+        raise ValueError(f"{flag} is set in the experiment's file{more}")
 
 
 def describe(value: Any) -> Any:
@@ -85,7 +113,7 @@ def _mirror(config: Any) -> Any:
     """An instance of a new dataclass whose fields have the types of config's values; the fixed ones hold a name."""
     import tyro
 
-    hints = _hints(type(config))
+    hints, words = _hints(type(config)), _words(type(config))
     fields: list[tuple[str, Any, Any]] = []
     for field in _fields(config):
         value = getattr(config, field.name)
@@ -93,6 +121,7 @@ def _mirror(config: Any) -> Any:
             inner = _mirror(value)
             fields.append((field.name, type(inner), dataclasses.field(default=inner)))
         elif (kind := _plain_type(hints.get(field.name), value)) is not None:
+            kind = Annotated[kind, tyro.conf.arg(help=words[field.name])] if field.name in words else kind
             fields.append((field.name, kind, dataclasses.field(default=value)))
         else:
             shown = str(describe(value)) if not dataclasses.is_dataclass(value) else _name(type(value))
@@ -100,6 +129,14 @@ def _mirror(config: Any) -> Any:
     made = dataclasses.make_dataclass(type(config).__name__, fields, frozen=True)
     made.__doc__ = (type(config).__doc__ or type(config).__name__).split("\n")[0]
     return made()
+
+
+def _words(kind: type) -> dict[str, str]:
+    """What a class's docstring says of its fields, as "name: words.", up to the end of the sentence."""
+    names = "|".join(field.name for field in dataclasses.fields(kind))
+    parts = re.split(rf"(?<=\. )((?:{names})(?:, (?:{names}))*): ", " ".join((kind.__doc__ or "").split()))
+    said = zip(parts[1::2], parts[2::2], strict=True)
+    return {name: re.split(r"(?<=\.) (?=[A-Z])", text.strip())[0] for given, text in said for name in given.split(", ")}
 
 
 def _apply(config: Any, mirror: Any) -> Any:

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from ddistill import hosts, seals, sharding, storage
 from ddistill.checkpoint import CheckpointError, Checkpoints
-from ddistill.config import Data, Experiment, Imported, PairsData, resolved
+from ddistill.config import Data, Experiment, Imported, PairsData, loaded, resolved
 from ddistill.data import Source
 from ddistill.data.pairs import fresh_pairs, teacher_pairs
 from ddistill.gathering import Place
-from ddistill.log import Log, RunLog
+from ddistill.log import Log, RunLog, Silent
 from ddistill.methods.base import Pairs, sampling_of
 from ddistill.net import Net, guided, laid_out
 from ddistill.overrides import describe, differences, override
@@ -41,10 +42,11 @@ HOW = frozenset({
 
 
 class Result(NamedTuple):
-    """What a run ends with: the teacher without guidance, and its student."""
+    """What a run ends with: the teacher without guidance, its student, and the shape of a sample."""
 
     teacher: Net
     student: Net
+    shape: tuple[int, ...] = ()
 
 
 class Opened(NamedTuple):
@@ -69,9 +71,10 @@ class Opened(NamedTuple):
 def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: str | None = None) -> Experiment:
     """Execute an experiment's file, call its `experiment()` and apply the flags `overrides` (`ddistill.overrides`).
 
-    The file stands alone: a copy of it in the run's folder must give the same experiment. prog: the command that the
-    message for an unknown flag names, with which the process exits. Raises FileNotFoundError for no file, ValueError
-    where it cannot be executed or gives no Experiment.
+    The file stands alone: a copy of it in the run's folder must give the same experiment. prog: the command
+    that --help, and the message for a value of another type, name; with both the process exits. Raises
+    FileNotFoundError for no file, ValueError where it cannot be executed or gives no Experiment, or for an unknown
+    flag.
     """
     path = storage.folder(path)
     how = "an experiment is a Python file with `def experiment() -> Experiment`"
@@ -92,9 +95,13 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: st
         spec.loader.exec_module(module)
         experiment = module.experiment() if callable(getattr(module, "experiment", None)) else None
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"{path}{where}: {type(error).__name__}: {error}") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_file(frame.filename, path)]
+        at = (frames[-1].lineno, frames[-1].line) if frames else (None, None)
+        said = str(error)
+        if isinstance(error, SyntaxError) and _is_file(error.filename or "", path):
+            at, said = (error.lineno, (error.text or "").strip()), error.msg
+        where, text = (f", line {at[0]}" if at[0] else "", f" (in: {at[1]})" if at[1] else "")
+        raise ValueError(f"{path}{where}: {type(error).__name__}: {said}{text}") from error
     if experiment is None:
         raise ValueError(f"{path} has no function `experiment` that answers something; {how}")
     if not isinstance(experiment, Experiment):
@@ -102,14 +109,19 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = (), *, prog: st
     return resolved(override(experiment, overrides, prog=prog or f"ddistill distill {path}"))
 
 
-def stages(experiment: Experiment, data: Data) -> list[Stage]:
+def _is_file(name: str, path: Path) -> bool:
+    return bool(name) and Path(name).absolute() == path.absolute()  # what Python runs has an absolute name
+
+
+def stages(experiment: Experiment, data: Data, log: Log | None = None) -> list[Stage]:
     """The stages of an experiment: "teacher", denoising on the data, and those of the method on that teacher.
 
     An imported teacher has no stage. The method's losses, and teacher pairs where it asks for them and the data has
-    none, see the guided teacher. Raises ValueError for guidance of a teacher without classes.
+    none, see the guided teacher. log: told while such pairs are made. Raises ValueError for guidance of a teacher
+    without classes.
     """
     first = [] if isinstance(experiment.network, Imported) else [teacher_stage(experiment, data)]
-    return [*first, *student_stages(experiment, data)]
+    return [*first, *student_stages(experiment, data, log)]
 
 
 def teacher_stage(experiment: Experiment, data: Data) -> Stage:
@@ -122,9 +134,9 @@ def teacher_stage(experiment: Experiment, data: Data) -> Stage:
     )  # fmt: skip
 
 
-def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
-    """The stages that distil the teacher."""
-    e = experiment
+def student_stages(experiment: Experiment, data: Data, log: Log | None = None) -> list[Stage]:
+    """The stages that distil the teacher; log: as for `stages`."""
+    e, told = experiment, log or Silent()
     if e.guidance != 1 and data.none is None:
         raise ValueError(f"guidance = {e.guidance} needs classes, and the data has none: leave guidance at 1")
 
@@ -151,6 +163,7 @@ def student_stages(experiment: Experiment, data: Data) -> list[Stage]:
         arrays = teacher_pairs(
             teacher, process, key, wanted.count, data.shape, steps=wanted.steps, integrator=wanted.integrator,
             points=wanted.points, num_classes=data.num_classes, place=place(),
+            report=lambda done, of: told.waits(f"making {of:,} teacher pairs: {done:,}"),
         )  # fmt: skip
         return dataclasses.replace(data, arrays=arrays, items=None).source(e.batch_size, e.seed, 0.0)
 
@@ -184,15 +197,19 @@ def distil(
     unfinished, OSError where it cannot be written, hosts.Busy where another command trains in it.
     """
     experiment = resolved(experiment)
-    data = experiment.data.load()
-    plan = stages(experiment, data)
+    data = loaded(experiment.data)
+    # What can be refused is refused before the folder becomes this experiment's.
+    stages(experiment, data)
+    check_batch(experiment, sharding.make_mesh(experiment.fsdp, experiment.tensor))
+    if data.arrays or data.items is not None:
+        data.source(experiment.batch_size, experiment.seed, experiment.teacher.unlabelled)
     if workdir is None:
         if teacher_from is not None:
             raise ValueError("a teacher is taken from another run into a workdir: give one")
-        return _run(experiment, data, plan, None, log, stop, profile)
+        return _run(experiment, data, stages(experiment, data, log), None, log, stop, profile)
     workdir = storage.folder(workdir)
     taken = None if teacher_from is None else storage.folder(teacher_from)
-    if taken is not None:  # before the folder becomes this experiment's
+    if taken is not None:
         hosts.done_by_first(lambda: _check_teacher(experiment, taken, workdir))
     with ExitStack() as held:
         _claim(workdir, experiment, None if source is None else Path(source), overrides, held)
@@ -202,7 +219,7 @@ def distil(
             buffered = storage.remote(workdir) and hosts.first()
             folder = held.enter_context(storage.mirrored(workdir)) if buffered else workdir
             log = held.enter_context(_log_of(experiment, folder))
-        return _run(experiment, data, plan, workdir, log, stop, profile)
+        return _run(experiment, data, stages(experiment, data, log), workdir, log, stop, profile)
 
 
 def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opened:
@@ -216,7 +233,9 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
     workdir = storage.folder(workdir)
     record = _record(workdir)
     if record is None:
-        what = "is not the folder of a run (it has no experiment.json)" if workdir.is_dir() else "does not exist"
+        what = "does not exist"
+        if workdir.exists():
+            what = f"is {'not' if workdir.is_dir() else 'a file, not'} the folder of a run (it has no experiment.json)"
         raise FileNotFoundError(
             f"{workdir} {what}: give a folder that `ddistill distill --workdir` or quickstart wrote"
         )
@@ -233,7 +252,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
             f"{workdir} was made by ddistill {record['version']} with other values: {'; '.join(lines[:8])}. "
             "Set them in its experiment.py"
         )
-    data = experiment.data.load()
+    data = loaded(experiment.data)
     plan = stages(experiment, data)
     for stage in plan:
         folder = workdir / "checkpoints" / stage.name
@@ -244,7 +263,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 "Start it again with the same command to finish it"
             )
     fitting = _fitting(experiment)
-    nets = _run(fitting, data, plan, workdir, None, None, None)
+    nets = _run(fitting, data, plan, workdir, None, None, None)[:2]
     mesh = sharding.make_mesh(fitting.fsdp, fitting.tensor)
     place = Place(mesh, sharding.rule_of(fitting.layout)) if mesh.size > 1 else None
     return Opened(fitting, data, *(laid_out(net, place) for net in nets))
@@ -302,7 +321,7 @@ def _run(
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):
             log.note(skipped)
-    return Result(network if isinstance(architecture, Imported) else results[0], results[-1])
+    return Result(network if isinstance(architecture, Imported) else results[0], results[-1], data.shape)
 
 
 def _log_of(experiment: Experiment, folder: Path) -> RunLog:
@@ -324,7 +343,8 @@ def _claim(
 ) -> None:
     """Make the folder this experiment's, or raise, in all processes, if it is something else's.
 
-    On a disk process 0 keeps other commands out of it until `held` is closed; buckets have no locks.
+    On a disk process 0 keeps other commands out of it until `held` is closed, and takes over what another experiment
+    has claimed and saved nothing in; buckets have no locks.
     """
     now = describe(experiment)
     text = json.dumps({"version": version(), "overrides": list(overrides), "experiment": now}, indent=2) + "\n"
@@ -341,10 +361,13 @@ def _claim(
                         f"{workdir} is not empty and is not the folder of a run: it holds {', '.join(others[:5])}"
                         f"{', …' * (len(others) > 5)}. Give a new or an empty folder"
                     )
-            if not storage.remote(workdir):
-                held.enter_context(hosts.alone_in(workdir, _say))
+            alone = not storage.remote(workdir) and held.enter_context(hosts.alone_in(workdir, _say))
             if new:
                 storage.put(workdir / "experiment.json", text.encode(), new=True)
+            elif alone and _is_untrained(workdir) and _differs(workdir, now):
+                _say(f"{workdir} held another experiment, of which nothing was saved: it is this one's now")
+                (workdir / "experiment.py").unlink(missing_ok=True)
+                storage.put(workdir / "experiment.json", text.encode())
             _check_same(workdir, now)
             storage.put(workdir / "experiment.json", text.encode())
             if source is not None and source.resolve() != Path(workdir / "experiment.py").resolve():
@@ -410,6 +433,17 @@ def _what(described: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name not in HOW}
 
 
+def check_batch(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Raise ValueError unless the batch splits into `accumulate` parts over the mesh."""
+    over = sharding.batch_parts(mesh)
+    parts = over * experiment.accumulate
+    if experiment.batch_size % parts:
+        raise ValueError(
+            f"batch_size = {experiment.batch_size} does not split into {experiment.accumulate} parts (accumulate) over "
+            f"{over} devices: take a multiple of {parts}"
+        )
+
+
 def _fitting(experiment: Experiment) -> Experiment:
     """The experiment on the devices that are here, which may be others than those it was trained on."""
     if jax.device_count() % (experiment.fsdp * experiment.tensor) == 0:
@@ -417,15 +451,26 @@ def _fitting(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, fsdp=jax.device_count(), tensor=1, layout={})
 
 
-def _check_same(workdir: Path, now: Any) -> None:
-    """Raise ValueError unless the folder is that of a run of this experiment."""
+def _is_untrained(workdir: Path) -> bool:
+    """Whether a folder on disk has neither a checkpoint of any stage nor a row of metrics."""
+    metrics = workdir / "metrics.jsonl"
+    return not any(workdir.glob("checkpoints/*/*")) and not (metrics.is_file() and metrics.stat().st_size)
+
+
+def _differs(workdir: Path, now: Any) -> list[str]:
+    """What this experiment differs in from that of a folder. Raises ValueError where the folder has none."""
     record = _record(workdir)
     if record is None:
         raise ValueError(
             f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there: give a folder that "
             "all hosts share, or one in a bucket"
         )
-    if lines := differences(_what(record["experiment"]), _what(now)):
+    return differences(_what(record["experiment"]), _what(now))
+
+
+def _check_same(workdir: Path, now: Any) -> None:
+    """Raise ValueError unless the folder is that of a run of this experiment."""
+    if lines := _differs(workdir, now):
         raise ValueError(
             f"{workdir} holds another experiment, which differs in {'; '.join(lines[:8])}"
             f"{f' and {len(lines) - 8} more' * (len(lines) > 8)}. Start this one in a new folder, or repeat the "

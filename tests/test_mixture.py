@@ -388,6 +388,9 @@ def test_load_reads_a_file(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match=r"text\.npz is not an \.npz file"):
         Mixture.load(tmp_path / "text.npz")
+    np.savez(tmp_path / "objects.npz", weights=weights, means=means.astype(object), covariances=covariances)
+    with pytest.raises(ValueError, match=r"objects\.npz: means holds objects: save it as an array of numbers"):
+        Mixture.load(tmp_path / "objects.npz")
     np.savez(tmp_path / "bad.npz", weights=2 * weights, means=means, covariances=covariances)
     with pytest.raises(ValueError, match=r"bad\.npz: weights must sum to 1"):
         Mixture.load(tmp_path / "bad.npz")

@@ -55,7 +55,9 @@ def paths():
 
 def test_a_pair_depends_on_the_key_and_its_number_alone(whole):
     assert {name: a.shape for name, a in whole.items()} == {"noise": (11, 2), "x": (11, 2), "cond": (11,)}
-    part = pairs(7, 3)
+    told = []
+    part = pairs(7, 3, report=lambda *done: told.append(done))
+    assert told == [(0, 7), (3, 7), (6, 7)]
     np.testing.assert_array_equal(part["noise"], whole["noise"][:7])
     np.testing.assert_array_equal(part["cond"], whole["cond"][:7])
     np.testing.assert_allclose(part["x"], whole["x"][:7], rtol=1e-5, atol=1e-6)

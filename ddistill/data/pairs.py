@@ -36,13 +36,14 @@ def teacher_pairs(
     batch_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
     place: Place | None = None,
+    report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, np.ndarray]:
     """Make `count` pairs: noise [count, ...] at t_max, x [count, ...] at 0, and cond [count] where there are classes.
 
     Pair i depends on the key and i alone, whatever the batch size and the number of devices (x up to rounding). Labels
     are uniform. points: with n > 0 there is also path [count, n + 1, ...], as `pair_maker` says. place, devices: as
     for `pair_maker`; with neither, several processes, all of which call this, make a part of the pairs each, and get
-    all, as they do with a place.
+    all, as they do with a place. report: called before each batch with the pairs that are done, and with their number.
     Raises ValueError for counts below 1 and where the integrator leads to NaN or infinity.
     """
     at_least_one(count=count)
@@ -51,10 +52,16 @@ def teacher_pairs(
         teacher, process, key, shape, steps=steps, num_classes=num_classes, integrator=integrator, points=points,
         batch_size=batch_size, devices=devices, place=place,
     )  # fmt: skip
-    return _shared_out(make, count, batch_size) if together else make(0, count)
+    if together:
+        return _shared_out(make, count, batch_size, report)
+    parts = []
+    for start in range(0, count, batch_size):
+        report(start, count)
+        parts.append(make(start, min(batch_size, count - start)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _shared_out(make: Make, count: int, size: int) -> dict[str, np.ndarray]:
+def _shared_out(make: Make, count: int, size: int, report: Callable[[int, int], None]) -> dict[str, np.ndarray]:
     """All pairs, made batch by batch by the processes in turn; those beyond the count fill the last batches up."""
     from jax.experimental.multihost_utils import process_allgather
 
@@ -66,6 +73,7 @@ def _shared_out(make: Make, count: int, size: int) -> dict[str, np.ndarray]:
         parts.append(make(start + mine * size, size))
 
     for start in range(0, count, size * processes):
+        report(start, count)
         hosts.checked_by_all(functools.partial(make_mine, start))
         parts[-1] = process_allgather(parts[-1], tiled=True)
     return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}

@@ -26,7 +26,8 @@ class KD:
     trajectory x_0 … x_N at the nodes t_0 … t_N of Karras' grid, and K steps jump N/K nodes at a time: K is drawn,
     then one of its jumps i → j, and g_θ(x_i, t_i, t_j) regresses the x0 that leads from x_i to x_j, d in the space of
     x0. The least number takes the share `few` of the samples; all jumps of the others are equally likely. distance:
-    `Perceptual` for images.
+    `Perceptual` for images. pairs: their number. teacher_steps: of the integrator for each pair, at least. ema: how
+    much of the average of the student's weights is kept at a step.
     """
 
     steps: tuple[int, ...] = (1, 2, 4, 8)
