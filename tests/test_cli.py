@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.table import Table
 
 import ddistill
 from ddistill.bench import leaderboard
 from ddistill.cli import commands, main
+from ddistill.cli.output import growing
 from ddistill.methods import METHODS
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "digits_consistency.py"
@@ -93,7 +95,10 @@ def test_gamma_zero_adds_no_noise_after_the_start(finished, tmp_path):
         (["--label", "-1", "--out", "a.png"], "--label -1 is out of range"),
         (["--out", "a.jpg"], "ends in .png"),
         (["--n", "0", "--out", "a.png"], "at least 1"),
-        (["--steps", "0", "--out", "a.png"], "at least 1 step"),
+        (["--steps", "0", "--out", "a.png"], "--steps 0: at least 1 is needed"),
+        (["--teacher", "--steps", "0", "--out", "a.png"], "--steps 0: at least 1 is needed"),
+        (["--seed", "-1", "--out", "a.png"], "--seed -1: at least 0 is needed"),
+        (["--models", "nowhere", "--out", "a.npz"], "--models nowhere does not exist"),
         (["--gamma", "2", "--out", "a.png"], "gamma must lie in [0, 1]"),
         (["--gamma", "1", "--teacher", "--out", "a.png"], "leave them out with --teacher"),
     ],
@@ -114,16 +119,112 @@ def test_other_errors_get_words_too_and_debug_shows_where_they_come_from(tmp_pat
     assert "does not exist" in capsys.readouterr().err
     assert main(["distill", str(EXPERIMENT), "--workdir", str(finished), *TINY, "--seed", "1"]) == 2
     assert "seed: 0 before, 1 now" in capsys.readouterr().err
-    for argv in (
-        ["distill", str(EXPERIMENT), "--workdir", str(tmp_path / "new"), "--stepps", "3"],
-        ["sample", str(finished), "--out", "a.png", "--stepps", "3"],
-        ["nonsense"],
+    assert main(["distill", str(EXPERIMENT), "--workdir", str(tmp_path / "new"), "--stepps", "3"]) == 2
+    assert "--stepps: the experiment has no field stepps, did you mean steps?" in capsys.readouterr().err
+    for argv, words in (
+        (["sample", str(finished), "--out", "a.png", "--step", "3"], "does not take --step 3: did you mean --steps?"),
+        (["distil", "x.py"], "no command 'distil': did you mean distill?"),
     ):
         with pytest.raises(SystemExit) as exit:
             main(argv)
-        assert exit.value.code == 2
-    assert "--stepps" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert exit.value.code == 2 and words in told and told.count("\n") == 1
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("ddistill ")
+    assert main(["quickstart", "--workdir", "x"]) == 2 and "as --out" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps", "0"], "steps = 0 must be at least 1"),
+        (["--teacher.steps", "0"], "teacher.steps = 0 must be at least 1"),
+        (["--batch-size", "0"], "batch_size = 0 must be at least 1"),
+        (["--log-every", "0"], "log_every = 0 must be at least 1"),
+        (["--seed", "-1"], "seed = -1 must be at least 0"),
+        (["--teacher.unlabelled", "2"], "teacher.unlabelled = 2.0 is a share of the labels"),
+        (["--accumulate", "3"], "does not split into 3 parts"),
+        (["--method", "KD"], "--method is set in the experiment's file; its own fields are flags"),
+        (["--optimizer.lr", "1"], "optimizer has no field lr; it has learning-rate, warmup"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_before_its_folder_is_claimed(tmp_path, capsys, flags, words):
+    for how in ([], ["--dry-run"]):
+        assert main(["distill", str(EXPERIMENT), "--workdir", str(tmp_path / "run"), *flags, *how]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_in_the_place_of_folders_get_words(finished, tmp_path, capsys):
+    file = tmp_path / "moons.py"
+    file.write_text("")
+    there, run = str(file), str(finished)
+    for argv, words in (
+        (["sample", there, "--out", "a.png"], f"{file} is a file, not the folder of a run"),
+        (["report", there], f"{file}: is a file, not the folder of a run"),
+        (["report", run, "--out", there], f"--out {file} is a file: give a folder"),
+        (["pairs", run, "--count", "3", "--out", there], f"--out {file} is a file: give a folder"),
+        (["distill", str(EXPERIMENT), "--workdir", there], f"--workdir {file} is a file: give a folder"),
+        (["encode", "nothing", "--to", "x", "--models", "m"], "nothing does not exist: give a folder of images"),
+        (["encode", there, "--to", "x", "--models", "nowhere"], "--models nowhere does not exist"),
+    ):
+        assert main(argv) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_student_of_a_network_that_diffusers_lacks_is_not_exported(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(commands, "low_rank")  # which takes its time
+    for flags in ([], ["--lora", "2"]):
+        assert main(["export", str(finished), "--to", str(tmp_path / "x"), *flags]) == 2
+        assert "MLP is no network that diffusers has" in capsys.readouterr().err
+
+
+def test_a_run_on_points_says_how_it_is_sampled_and_what_of_it_is_inverted(tmp_path, capsys, one_device):
+    path = tmp_path / "plane.py"
+    path.write_text(PLANE)
+    run, file, out = str(tmp_path / "run"), str(tmp_path / "x.npz"), str(tmp_path / "out.npz")
+    assert main(["distill", str(path), "--workdir", run]) == 0
+    assert f"ddistill sample {run} --out samples.npz" in capsys.readouterr().err
+    x = np.zeros((2, 2), np.float32)
+    for arrays, words in (
+        ({"x": x * np.nan, "labels": np.array([0, 1])}, "x holds NaN or infinity"),
+        (
+            {"x": x, "labels": np.array([0, 9])},
+            "labels [N] from 0 to 1; the file holds x float32 [2, 2], labels int64 [2] from 0 to 9",
+        ),
+    ):
+        np.savez(file, **arrays)
+        assert main(["invert", run, "--teacher", "--steps", "1", "--input", file, "--out", out]) == 2
+        assert words in capsys.readouterr().err
+
+
+PLANE = """
+from dataclasses import dataclass
+import numpy as np
+from ddistill import Experiment
+from ddistill.config import Data, MLPNetwork, Teacher
+from ddistill.methods import Consistency
+
+@dataclass(frozen=True)
+class Plane:
+    def load(self):
+        return Data({"x": np.zeros((8, 2), np.float32), "cond": np.arange(8) % 2}, (2,), 2)
+
+def experiment():
+    network = MLPNetwork(width=8, blocks=1)
+    return Experiment("plane", Consistency(), Plane(), network=network, teacher=Teacher(steps=1), steps=1, batch_size=8)
+"""
+
+
+def test_a_table_through_a_pipe_says_its_rows_as_they_come_and_ends_its_last_line(capsys):
+    table = Table("sampler", "NFE")
+    with pytest.raises(KeyboardInterrupt), growing(table) as update:
+        table.add_row("student", "2")
+        update(table)
+        assert capsys.readouterr().err == "sampler student, NFE 2\n"
+        raise KeyboardInterrupt
+    told = capsys.readouterr().out
+    assert told.count("student") == 1 and told.endswith("\n")
 
 
 def test_the_flags_of_an_experiment_are_listed(capsys):
@@ -131,9 +232,14 @@ def test_the_flags_of_an_experiment_are_listed(capsys):
         main(["distill", str(EXPERIMENT), "--help"])
     told = capsys.readouterr().out
     assert exit.value.code == 0 and "--optimizer.learning-rate" in told and "--method.intervals" in told
+    assert "after the warm-up. (default: " in told and "fixed" not in told
+    assert "For --workdir and all that is not of the experiment: ddistill distill --help" in " ".join(told.split())
 
 
 def test_evaluate_prints_and_writes_the_table_with_its_floor(finished, tmp_path, capsys, monkeypatch):
+    for flags, words in ((["--samples", "5"], "--samples 5: at least 20"), (["--steps", "0"], "--steps 0: at least 1")):
+        assert main(["evaluate", str(finished), *flags]) == 2
+        assert words in capsys.readouterr().err
     monkeypatch.setattr(commands.judged, "COUNT", 20)
     file = tmp_path / "table.json"
     assert main(["evaluate", str(finished), "--steps", "1", "2", "--seed", "3", "--json", str(file)]) == 0
@@ -238,9 +344,10 @@ def test_bench_writes_all_rows_as_a_page_and_refuses_a_file_that_is_not_its_own(
     ("flags", "words"),
     [
         (["--methods", "kd,magic"], ["no method magic", "consistency"]),
-        (["--methods", ","], ["known are kd"]),
+        (["--methods", ","], ["no method is named", "known are kd"]),
+        (["--methods", "KD"], ["no method KD, did you mean kd?", "known are kd"]),
         (["--mixture", "ring9"], ["no mixture 'ring9'", "ring8, grid25, digits"]),
-        (["--seeds", "0"], ["at least 1"]),
+        (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
     ],
 )

@@ -463,6 +463,7 @@ def test_topologies_name_a_chip_and_its_shape():
         "v5e": "give CHIP:SHAPE",
         "v9:2x2": "no chip 'v9'; known are v4, v5e",
         "v5p:4x4": "v5p has 3 axes, as in v5p:4x4x4",
+        "h100:0": "at least 1 chip is needed",
         "h100:2x4": "h100 has 1 axes, as in h100:8",
     }.items():
         with pytest.raises(ValueError, match=why):

@@ -5,9 +5,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn, get_args
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -15,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from ddistill.hosts import Busy, join, joined, leave, leaving_lost_peers
 from ddistill.launchers import Peers
 from ddistill.signals import Stop, on_signals
+from ddistill.version import version
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Import:
     """The variant of the weights."""
     revision: Annotated[str | None, arg(metavar="NAME")] = None
     """The branch, tag or commit on the hub."""
-    original: Literal["dit", "sit"] | None = None
-    """The project whose checkpoint SOURCE is: DiT's and SiT's have the same tensors, and mean different things."""
+    original: Annotated[Literal["dit", "sit"] | None, arg(metavar="dit|sit")] = None
+    """The project whose checkpoint it is: DiT's and SiT's have the same tensors, and mean different things."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,9 @@ class Evaluate:
     """The teacher's usual sampler; with as few steps as the student it is sampled by DPM-Solver++(2M)."""
     models: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """A pipeline's folder, or its autoencoder's, to decode latents; by default the data's or the teacher's."""
-    resize: Literal["clean", "pytorch-fid", "tensorflow"] | None = None
+    resize: Annotated[
+        Literal["clean", "pytorch-fid", "tensorflow"] | None, arg(metavar="clean|pytorch-fid|tensorflow")
+    ] = None
     """How images are resized for Inception: as Clean-FID does, by default, or as pytorch-fid or the first FID, that of
     ADM's and EDM's statistics and the default beside these. Numbers of different ways do not compare."""
     likelihood: bool = False
@@ -416,6 +420,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or bool(os.environ.get("DDISTILL_DEBUG"))
     argv = [a for a in argv if a != "--debug"]
+    if argv == ["--version"]:
+        print(f"ddistill {version()}")
+        return 0
     command, flags = _parse(argv)
     _cache_compilations()
     _enough_threads()
@@ -449,20 +456,37 @@ def _parse(argv: list[str]) -> tuple[Command, list[str]]:
     asked = [a for a in argv if a in ("-h", "--help")] if help_of_experiment else []
     argv = [a for a in argv if a not in asked]
 
-    def parse(**options):
-        return tyro.cli(
-            Command,
-            args=argv,
-            prog="ddistill",
-            description="Distil diffusion models: a slow teacher becomes a student that samples in one to four steps.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-            **options,
-        )
-
-    command, unknown = parse(return_unknown_args=True)
+    names = [get_args(kind)[1].name for kind in get_args(Command)]
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        _refuse(f"no command {argv[0]!r}{_meant(argv[0], names)} There are {', '.join(names)}")
+    command, unknown = tyro.cli(
+        Command,
+        args=argv,
+        prog="ddistill",
+        description="Distil diffusion models: a slow teacher becomes a student that samples in one to four steps. "
+        "--version tells the version; with --debug errors show where they come from.",
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+        ),
+        return_unknown_args=True,
+    )
     if unknown and not isinstance(command, Distill | Plan | Quickstart):
-        parse()  # says what is wrong, and exits
+        flags = [f"--{f.name.replace('_', '-')}" for f in fields(command) if f.name != "peers"]
+        meant = _meant(unknown[0], flags)
+        _refuse(f"{argv[0]} does not take {' '.join(unknown)}{meant} All that it takes: ddistill {argv[0]} --help")
     return command, [*unknown, *asked]
+
+
+def _refuse(words: str) -> NoReturn:
+    print(f"ddistill: {words}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _meant(given: str, names: Sequence[str]) -> str:
+    near = get_close_matches(given, names, 1)
+    return f": did you mean {near[0]}?" if near else "."
 
 
 def _cache_compilations() -> None:

@@ -38,7 +38,7 @@ from ddistill.cli import (
     Serve,
 )
 from ddistill.cli.evaluate import by_pixels, digits_of, evaluate, judge_digits, samplers_of
-from ddistill.cli.output import cell, say, screen, write_json
+from ddistill.cli.output import at_least, cell, check_folder, say, screen, write_json
 from ddistill.cli.rows import write_copies
 from ddistill.config import Imported
 from ddistill.data.pair_store import open_pairs, write_pairs
@@ -102,6 +102,8 @@ def run(command: Command, flags: Sequence[str], stop: Stop) -> None:
 
 def quickstart(command: Quickstart, flags: Sequence[str], stop: Stop) -> None:
     """Train, distil, judge; samples.png, metrics.json and loss.png go into the run's folder."""
+    if "--workdir" in flags:
+        raise ValueError(f"quickstart takes the folder of its run as --out, {command.out} by default: not --workdir")
     source = Path(quickstart_experiment.__file__)
     overrides = [*flags, "--seed", str(command.seed)]
     experiment = load_experiment(source, overrides, prog="ddistill quickstart")
@@ -157,6 +159,8 @@ def _unused(folder: Path) -> tuple[str, ...]:
 
 def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     """Train an experiment in its work folder."""
+    from ddistill.cli.study import on_latents
+
     profile = None if command.profile is None else _steps(command.profile)
     experiment = load_experiment(command.experiment, flags)
     if command.dry_run:
@@ -166,11 +170,13 @@ def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     if command.devices is not None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = storage.folder(Path("runs") / experiment.name if command.workdir is None else command.workdir)
-    distil(
+    check_folder("--workdir", workdir, new=True)
+    done = distil(
         experiment, workdir, source=command.experiment, overrides=flags,
         teacher_from=command.teacher_from, stop=stop, profile=profile,
     )  # fmt: skip
-    say(f"Done: ddistill sample {workdir} --out samples.png shows what the student draws")
+    kind = "png" if _is_pictured(done.shape) or on_latents(experiment) else "npz"
+    say(f"Done: ddistill sample {workdir} --out samples.{kind} shows what the student draws")
 
 
 def _steps(text: str) -> range:
@@ -213,6 +219,9 @@ def pairs(command: Pairs) -> None:
     """Store pairs of a run's teacher, in the process of its student."""
     from rich.progress import Progress
 
+    at_least(1, count=command.count, steps=command.steps, shard_size=command.shard_size)
+    at_least(0, points=command.points, seed=command.seed)
+    check_folder("--out", command.out, new=True)
     opened = open_run(command.run)
     experiment, data = opened.experiment, opened.data
     first = student_stages(experiment, data)[0]
@@ -238,6 +247,10 @@ def encode(command: Encode) -> None:
     from ddistill.data.loading import told
     from ddistill.datasets import encode_images
 
+    if not command.data.exists():
+        raise FileNotFoundError(f"{command.data} does not exist: give a folder of images, tar files, .npy or .npz")
+    check_folder("--models", command.models)
+    check_folder("--to", command.to, new=True)
     with Progress(console=Console(stderr=True), disable=not (hosts.first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("encode", total=None)
         done = encode_images(
@@ -259,8 +272,9 @@ def sample(command: Sample) -> None:
 
     if command.out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {command.out}: give a name that ends in .png for a picture or in .npz for arrays")
-    if command.n < 1:
-        raise ValueError(f"--n {command.n}: the number of samples must be at least 1")
+    at_least(1, n=command.n, steps=command.steps)
+    at_least(0, seed=command.seed)
+    check_folder("--models", command.models)
     opened = open_run(command.run)
     experiment, data, process = opened.experiment, opened.data, opened.experiment.process
     classes = data.num_classes
@@ -335,7 +349,7 @@ def invert(command: Invert) -> None:
 
 def export(command: Export) -> None:
     """Write a run's student for diffusers."""
-    from ddistill.hub.save import export_lora, export_student
+    from ddistill.hub.save import config_of, export_lora, export_student
 
     opened = open_run(command.run)
     experiment, student = opened.experiment, opened.student
@@ -358,6 +372,7 @@ def export(command: Export) -> None:
     if command.lora is None:
         done = export_student(command.to, student, *at, dtype=command.dtype, **options)
     else:
+        config_of(student, options["teacher"])  # what diffusers does not have is told before the decompositions
         update, lost = low_rank(student, opened.teacher, command.lora)
         done = export_lora(command.to, student, update, *at, **options)
         say(f"What rank {command.lora} leaves out of what was learned is {lost:.2g} of it")
@@ -410,10 +425,11 @@ def bench(command: Bench) -> None:
     names = list(METHODS) if command.methods == "all" else [n.strip() for n in command.methods.split(",") if n.strip()]
     unknown = [n for n in names if n not in METHODS]
     if unknown or not names:
-        raise ValueError(f"--methods {command.methods}: no method {', '.join(unknown)}; known are {', '.join(METHODS)}")
-    for flag, number in (("seeds", command.seeds), ("jobs", command.jobs)):
-        if number < 1:
-            raise ValueError(f"--{flag} {number}: at least 1 is needed")
+        what = f"no method {', '.join(unknown)}" if unknown else "no method is named"
+        meant = [name for name in METHODS if name in {n.lower() for n in unknown}]
+        what += f", did you mean {', '.join(meant)}?" if meant else ""
+        raise ValueError(f"--methods {command.methods!r}: {what}; known are {', '.join(METHODS)}")
+    at_least(1, seeds=command.seeds, jobs=command.jobs)
     mixtures = command.mixture or BUNDLED
     for mixture in mixtures:
         Mixture.load(mixture)  # a wrong name is told before the first hour, not after it
@@ -463,8 +479,7 @@ def _inverter(opened: Opened, command: Invert) -> tuple[Inverter, Process]:
     """What encodes and decodes, and the process that its noise belongs to."""
     process, method = opened.experiment.process, opened.experiment.method
     steps = (50 if command.teacher else 4) if command.steps is None else command.steps
-    if steps < 1:
-        raise ValueError(f"--steps {steps}: at least 1 is needed")
+    at_least(1, steps=steps)
     if command.teacher:
         return teacher_inverter(opened.teacher, process, steps, integrators.heun), process
     made = method(process)
@@ -481,8 +496,7 @@ def _inverter(opened: Opened, command: Invert) -> tuple[Inverter, Process]:
 def _inputs(opened: Opened, command: Invert) -> tuple[np.ndarray, np.ndarray | None]:
     """The first n inputs and, where the run has classes, their labels."""
     shape, classes = opened.data.shape, opened.data.num_classes
-    if command.n < 1:
-        raise ValueError(f"--n {command.n}: the number of inputs must be at least 1")
+    at_least(1, n=command.n)
     if command.input == "digits":
         digits = digits_of(opened)
         return digits.held_out_x[: command.n], digits.held_out_labels[: command.n]
@@ -495,7 +509,11 @@ def _inputs(opened: Opened, command: Invert) -> tuple[np.ndarray, np.ndarray | N
     x, labels = given.get("x"), given.get("labels") if classes else None
     if x is None or not _are_inputs(x, shape) or (classes and not _are_labels(labels, len(x), classes)):
         found = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in given.items()) or "neither"
+        if labels is not None and labels.size and np.issubdtype(labels.dtype, np.integer):
+            found += f" from {labels.min()} to {labels.max()}"
         raise ValueError(f"--input {command.input}: this run takes {wanted}; the file holds {found}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"--input {command.input}: x holds NaN or infinity")
     return x[: command.n].astype(np.float32), None if labels is None else labels[: command.n].astype(np.int32)
 
 
@@ -542,8 +560,12 @@ def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
     return table
 
 
+def _is_pictured(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[2] in (1, 3)
+
+
 def _check_picture(x: np.ndarray) -> None:
-    if x.ndim != 4 or x.shape[3] not in (1, 3):
+    if not _is_pictured(x.shape[1:]):
         raise ValueError(f"samples of shape {x.shape[1:]} are no pictures: give --out a name that ends in .npz")
 
 

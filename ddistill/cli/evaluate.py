@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.live import Live
 from rich.table import Table
 
 from ddistill import sharding
 from ddistill.cli import Evaluate
-from ddistill.cli.output import cell, screen, words_of
+from ddistill.cli.output import at_least, cell, check_folder, growing, words_of
 from ddistill.cli.rows import fingerprint, keep_row, kept_rows, steps_in, write_copies, write_table
 from ddistill.config import DigitsData
 from ddistill.data.digits import Digits, load_digits
@@ -31,8 +30,11 @@ USUAL = (1, 2, 4, 8)
 
 def evaluate(command: Evaluate) -> None:
     """Judge a run: by the features of networks where there are any, otherwise by pixels, which digits allow."""
-    if command.batch_size < 1 or (command.samples is not None and command.samples < 2):
-        raise ValueError("--batch-size must be at least 1, and --samples at least 2")
+    at_least(1, batch_size=command.batch_size, teacher_steps=command.teacher_steps, steps=min(command.steps or [1]))
+    at_least(2 if command.features else 20, samples=command.samples)  # two of each digit
+    at_least(0, seed=command.seed)
+    check_folder("--models", command.models)
+    check_folder("--out", command.out, new=True)
     opened = open_run(command.run)
     if command.features:
         if command.likelihood:
@@ -159,12 +161,13 @@ def judge_digits(
     def show(row: Row) -> None:
         table.add_row(*(cell(row[name], form) for name, (_, form) in shown.items()))
 
-    with Live(table, console=screen(), refresh_per_second=2):
+    with growing(table) as update:
         for row in rows:
             show(row)
         for row in judged.evaluate(digits, opened.experiment.process, plan, **options):
             rows.append(row)
             show(row)
+            update(table)
             if out is not None:
                 keep_row(out, row)
     value = {"made": made, "flags": list(flags(rows)), "rows": rows}

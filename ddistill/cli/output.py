@@ -5,11 +5,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from ddistill.hosts import first
 
@@ -25,6 +28,39 @@ def screen() -> Console:
     """Where tables go."""
     # Through a pipe there is no width to ask for, and a table cut at 80 columns is of no use.
     return Console(width=None if sys.stdout.isatty() else 180, quiet=not first())
+
+
+@contextmanager
+def growing(table: Table) -> Iterator[Callable[[Table], None]]:
+    """Show a table, and what it is updated to, and leave the last one; through a pipe each new last row is said."""
+    console = screen()
+    live = Live(table, console=console, refresh_per_second=2, transient=True)
+
+    def update(table: Table) -> None:
+        live.update(table)
+        if not console.is_terminal and table.row_count:
+            say(", ".join(f"{column.header} {list(column.cells)[-1]}" for column in table.columns))
+
+    try:
+        with live:
+            yield update
+    finally:
+        console.print(live.get_renderable())
+
+
+def at_least(least: int, **flags: int | None) -> None:
+    """Raise ValueError for the first of the flags that was given a smaller number."""
+    for name, number in flags.items():
+        if number is not None and number < least:
+            raise ValueError(f"--{name.replace('_', '-')} {number}: at least {least} is needed")
+
+
+def check_folder(flag: str, folder: Path | None, new: bool = False) -> None:
+    """Raise OSError for a file in a folder's place, and for a folder that is not there unless it is a new one."""
+    if folder is not None and folder.is_file():
+        raise NotADirectoryError(f"{flag} {folder} is a file: give a folder")
+    if folder is not None and not new and not folder.exists():
+        raise FileNotFoundError(f"{flag} {folder} does not exist")
 
 
 def say(text: str) -> None:

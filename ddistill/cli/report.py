@@ -14,7 +14,7 @@ from rich.progress import Progress
 from ddistill.checkpoint import CheckpointError
 from ddistill.cli import Report
 from ddistill.cli.networks import read_prompts
-from ddistill.cli.output import words_of
+from ddistill.cli.output import check_folder, words_of
 from ddistill.cli.report_kept import identity, keep, kept
 from ddistill.cli.report_runs import Found, Shown, drawn_of, facts_of, find, groups_of
 from ddistill.report.html import write_page
@@ -34,6 +34,7 @@ def report(command: Report) -> None:
         raise ValueError("give at least one folder of a run, a folder of such folders, or a file of rows (.json)")
     if command.samples < 1 or command.limit <= 0 or any(n < 1 for n in command.steps):
         raise ValueError("--samples and --steps must be at least 1, --limit above 0")
+    check_folder("--out", command.out, new=True)
     prompts = None if command.prompts is None else read_prompts(command.prompts)
     files = [path for path in command.runs if path.suffix == ".json"]
     found, failed = find([path for path in command.runs if path.suffix != ".json"])

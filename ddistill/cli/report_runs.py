@@ -72,6 +72,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Found], dict[str, str]]:
         )
         if not inside:
             what = "is no run and holds none (no experiment.json)" if path.is_dir() else "does not exist"
+            what = "is a file, not the folder of a run" if path.is_file() else what
             failed[str(path)] = what
         folders |= dict.fromkeys(inside)
     found = []

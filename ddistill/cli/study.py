@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.live import Live
 from rich.table import Table
 
 from ddistill import integrators, sharding
 from ddistill.cli import Evaluate
 from ddistill.cli.evaluate import flags_of, steps_of
 from ddistill.cli.networks import conditions_for, open_networks, read_prompts, text_embeddings
-from ddistill.cli.output import cell, say, screen
+from ddistill.cli.output import cell, growing, say
 from ddistill.cli.rows import FILE, fingerprint, keep_row, kept_rows, stamp, write_copies, write_table
 from ddistill.config import Experiment, Imported, PairsData
 from ddistill.data.loading import released
@@ -94,14 +93,14 @@ def study(command: Evaluate, opened: Opened) -> None:
         command.seed, texts, used.lpips, opened.data.num_classes,
     )  # fmt: skip
     table = _table(names, rows, real)
-    with released(conditions), Live(table, console=screen(), refresh_per_second=2) as live:
+    with released(conditions), growing(table) as update:
 
         def add(row: Row | None) -> None:
             if row is not None:
                 row["notes"] = list(notes_of(row, real))
                 keep_row(out, row)
                 rows.append(row)
-                live.update(_table(names, rows, real))
+                update(_table(names, rows, real))
 
         if not any(row["nfe"] is None for row in rows):
             row = floor(what, _own(command, opened, what) if real.halves is None else None)

@@ -198,7 +198,8 @@ def config_json(config: Any) -> dict[str, Any]:
                 raise ValueError(f"diffusers' {name} cannot hold this network: {'; '.join(other)}")
             return {"_class_name": name, **{key: v for key, v in values.items() if key not in built_in}}
     raise ValueError(
-        f"{type(config).__name__} is the configuration of no diffusers class: known are {', '.join(KINDS)}"
+        f"{type(config).__name__} is no network that diffusers has: students of imported teachers can be exported, and "
+        f"those whose network is, as a class of ddistill/networks, {', '.join(KINDS)}"
     )
 
 

@@ -264,10 +264,10 @@ def export_student(
     "fp16" or "bf16". about: the method, for the card. Raises ValueError for what diffusers cannot do (`recipe`,
     `without_inputs`), FileExistsError where the folder is not empty.
     """
+    config = config_of(student, teacher)
     made = recipe(student, process, times, gamma, _scheduler_of(teacher))
     target = 0.0 if made.gamma == 1 or len(made.times) == 2 else None
     params = without_inputs(student, target, guidance, drop=drop_target)
-    config = config_of(student, teacher)
     with written_whole(Path(to)) as part:
         _copy_others(teacher, part)
         _write_parts(part, config, {**params, **student.rest}, made.scheduler, dtype)

@@ -89,7 +89,9 @@ def pod(topology: str) -> Pod:
         raise ValueError(f"topology {topology!r}: no chip {name!r}; known are {', '.join(CHIPS)}")
     chip, sides = CHIPS[name], [int(n) for n in shape.split("x")]
     axes = {"gpu": 1, "v5e": 2, "v6e": 2}.get(chip.kind if chip.kind == "gpu" else name, 3)
-    if len(sides) != axes or min(sides) < 1:
+    if min(sides) < 1:
+        raise ValueError(f"topology {topology!r}: at least 1 chip is needed along each axis")
+    if len(sides) != axes:
         example = {1: "8", 2: "4x4", 3: "4x4x4"}[axes]
         raise ValueError(f"topology {topology!r}: {name} has {axes} axes, as in {name}:{example}")
     return Pod(chip, math.prod(sides), f"{name}:{shape}")
