@@ -31,6 +31,13 @@ class Place:
     rule: Rule = Rule()  # noqa: RUF009
 
     @property
+    def devices(self) -> Mesh:
+        """The mesh as one of devices. Raises ValueError where it is only the shape of one."""
+        if not isinstance(self.mesh, Mesh):
+            raise ValueError(f"{self.mesh} is the shape of a mesh, and has no devices")
+        return self.mesh
+
+    @property
     def splits(self) -> bool:
         """Whether any parameter may be in parts."""
         return any(self.mesh.shape.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))

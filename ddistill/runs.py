@@ -151,7 +151,14 @@ def student_stages(experiment: Experiment, data: Data, log: Log | None = None) -
         if not wanted.count:
             batches, at = data.source(e.batch_size, e.seed, 0.0), place()
             return fresh_pairs(
-                teacher, process, key, batches, at.mesh, rule=at.rule, steps=wanted.steps, integrator=wanted.integrator
+                teacher,
+                process,
+                key,
+                batches,
+                at.devices,
+                rule=at.rule,
+                steps=wanted.steps,
+                integrator=wanted.integrator,
             )
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)

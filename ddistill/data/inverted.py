@@ -59,7 +59,7 @@ def beside_inverted(
         if place is not None:
             more = -each % max(1, batch_parts(place.mesh) // jax.process_count())  # so that the devices divide them
             given = put_batch(
-                place.mesh, jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], more, axis=0)]), given)
+                place.devices, jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], more, axis=0)]), given)
             )
             first = 0 if jax.process_count() == 1 else jax.process_index() * (each + more)
         noise = np.asarray(whole(invert(teacher, *given)))
