@@ -151,15 +151,9 @@ def student_stages(experiment: Experiment, data: Data, log: Log | None = None) -
         if not wanted.count:
             batches, at = data.source(e.batch_size, e.seed, 0.0), place()
             return fresh_pairs(
-                teacher,
-                process,
-                key,
-                batches,
-                at.devices,
-                rule=at.rule,
-                steps=wanted.steps,
+                teacher, process, key, batches, at.devices, rule=at.rule, steps=wanted.steps,
                 integrator=wanted.integrator,
-            )
+            )  # fmt: skip
         if number == 0 and data.pairs is not None:
             data.pairs.check_fits(process, data.shape, data.num_classes, wanted.points)
             return data.pairs.source(e.batch_size, e.seed, part=(jax.process_index(), jax.process_count()))
