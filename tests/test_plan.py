@@ -16,7 +16,7 @@ from test_dry_run import FLAGS, shrunk
 
 from ddistill.cli import main
 from ddistill.config import Imported, MLPNetwork, Teacher
-from ddistill.plan import aot, hlo
+from ddistill.plan import aot, hlo, search
 from ddistill.plan.analysis import analysed, check_batch, traced_once
 from ddistill.plan.chips import CHIPS, pod
 from ddistill.plan.gathers import least
@@ -197,28 +197,28 @@ def test_what_distribution_matching_of_dit_holds_is_the_hand_count():
     assert held["averages"] == pytest.approx(one, rel=0.02)
 
 
-def flux_adapter(rank=64, d=3072):
-    """rank · (in + out) of every linear map of FLUX's blocks, whose widths are those of its paper's code."""
+def flux_adapter(d=3072):
+    """(in, out) of every linear map of FLUX's blocks, whose widths are those of its paper's code."""
     double = [(d, 6 * d)] * 2 + [(d, d)] * 8 + [(d, 4 * d), (4 * d, d)] * 2  # norms; q, k, v, out; feed-forward
     single = [(d, 3 * d)] + [(d, d)] * 3 + [(d, 4 * d), (5 * d, d)]
-    return rank * sum(19 * (a + b) for a, b in double) + rank * sum(38 * (a + b) for a, b in single)
+    return 19 * double + 38 * single
 
 
-def sdxl_adapter(rank=64, context=2048):
-    """rank · (in + out), of a convolution in · 9 + out, of what the experiment's LAYERS name."""
+def sdxl_adapter(context=2048):
+    """(in, out), of a convolution (9 in, out), of what the experiment's LAYERS name."""
 
     def resnet(a, b):
-        return 9 * a + b + 9 * b + b + 1280 + b + (a + b if a != b else 0)
+        return [(9 * a, b), (9 * b, b), (1280, b)] + ([(a, b)] if a != b else [])
 
     def transformer(c, layers):
-        attention = 4 * 2 * c + 2 * 2 * c + 2 * (context + c)  # of the samples; queries and out; keys and values
-        return 2 * 2 * c + layers * (attention + (c + 8 * c) + (4 * c + c))
+        attention = [(c, c)] * 6 + [(context, c)] * 2  # of the samples; queries and out; keys and values
+        return [(c, c)] * 2 + layers * [*attention, (c, 8 * c), (4 * c, c)]
 
     down = [(320, 320)] * 2 + [(320, 640), (640, 640), (640, 1280), (1280, 1280)]
     up = [(2560, 1280)] * 2 + [(1920, 1280), (1920, 640), (1280, 640), (960, 640), (960, 320)] + [(640, 320)] * 2
-    total = sum(resnet(a, b) for a, b in [*down, (1280, 1280), (1280, 1280), *up])
-    total += (2 + 3) * transformer(640, 2) + (2 + 1 + 3) * transformer(1280, 10)
-    return rank * (total + sum(9 * c + c for c in (320, 640, 1280, 640)))  # down twice, up twice
+    maps = [pair for a, b in [*down, (1280, 1280), (1280, 1280), *up] for pair in resnet(a, b)]
+    maps += (2 + 3) * transformer(640, 2) + (2 + 1 + 3) * transformer(1280, 10)
+    return maps + [(9 * c, c) for c in (320, 640, 1280, 640)]  # down twice, up twice
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,8 @@ def sdxl_adapter(rank=64, context=2048):
 def test_what_an_adapter_holds_is_the_hand_count(name, teacher, adapter, fsdp):
     experiment = published(name)
     held = analysed(experiment, 256, traced_once(experiment, 1))[0].held
-    own = 4 * adapter() / fsdp
+    factors = [64 * width for pair in adapter() for width in pair]  # rank · (in + out)
+    own = 4 * sum(n / fsdp if n >= 2**16 else n for n in factors)  # smaller ones are whole on each chip
     assert held["teacher"] == pytest.approx(4 * teacher / fsdp, rel=0.02)
     assert held["parameters"] == pytest.approx(own, rel=0.02)
     assert held["optimiser"] == pytest.approx(2 * own, rel=0.02)
@@ -541,6 +542,18 @@ def test_the_search_finds_layouts_that_fit_and_says_where_none_does(tmp_path):
     assert found[0].per_image == min(c.per_image for c in found)
     with pytest.raises(ValueError, match="no layout on h100:7 that splits the batch"):
         candidates(small, pod("h100:7"), keep_batch=True)
+
+
+def test_the_search_finds_a_layout_of_flux_for_chips_that_do_not_hold_its_teacher(monkeypatch):
+    """Where the batch cannot be one for each of 256 chips, four of them work on the same samples."""
+    for name, values in {"REMAT": (True,), "FSDP": (1, 32)}.items():
+        monkeypatch.setattr(search, name, values)
+    where, experiment = pod("v5e:16x16"), published("flux_flow_consistency")
+    with pytest.raises(ValueError, match="batch_size = 32 does not split over 256 chips"):
+        check_batch(experiment, 256)
+    found = candidates(experiment, where)
+    assert found[0].changes == {"batch_size": 64, "fsdp": 32, "tensor": 4, "remat": True}
+    assert all(c.memory <= where.chip.usable and c.changes["fsdp"] == 32 for c in found)  # 47.6 GB are whole at 1
 
 
 def test_the_command_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch):
