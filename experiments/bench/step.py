@@ -428,6 +428,17 @@ def line(row: Row, rate: float) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def target(row: Row, rate: float, gpu: bool) -> str:
+    """A line on what a step is to reach: PyTorch eager's time on a CPU; on a GPU 1.3 times as fast as compiled."""
+    against, most = ("compiled", 1 / 1.3) if gpu else ("eager", 1.0)
+    if against not in row.seconds:
+        return f"- {row.network}, {row.call}: not measured against {against}"
+    ratio, share = row.seconds["ours"] / row.seconds[against], row.flops / row.seconds["ours"] / rate
+    said = f"{ratio:.2f} of {against}'s time, at most {most:.2g}: {'met' if ratio <= most else 'missed'}"
+    more = f"; {share:.0%} of the matrix rate, at least 50 %: {'met' if share >= 0.5 else 'missed'}"
+    return f"- {row.network}, {row.call}: {said}{more if gpu and row.network == 'DiT' else ''}"
+
+
 def page(
     rows: list[Row],
     devices: list[dict[str, Any]],
@@ -480,6 +491,8 @@ def page(
             ),
             "", f"Of a step of 100 ms the loop's {1e6 * extra:.0f} µs are {extra / 0.1:.2%}.", "",
         ]  # fmt: skip
+    if steps := [row for row in rows if row.call in ("consistency", "dmd")]:
+        text += ["Targets:", "", *(target(row, rate, gpu) for row in steps), ""]
     if real:
         text += [
             f"A consistency step of about 100 ms, of SongUNet {real['width']} channels wide on 8×32×32×3, the fastest "
