@@ -42,11 +42,10 @@ HOW = frozenset({
 
 
 class Result(NamedTuple):
-    """What a run ends with: the teacher without guidance, its student, and the shape of a sample."""
+    """What a run ends with: the teacher without guidance, and its student."""
 
     teacher: Net
     student: Net
-    shape: tuple[int, ...] = ()
 
 
 class Opened(NamedTuple):
@@ -264,7 +263,7 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
                 "Start it again with the same command to finish it"
             )
     fitting = _fitting(experiment)
-    nets = _run(fitting, data, plan, workdir, None, None, None)[:2]
+    nets = _run(fitting, data, plan, workdir, None, None, None)
     mesh = sharding.make_mesh(fitting.fsdp, fitting.tensor)
     place = Place(mesh, sharding.rule_of(fitting.layout)) if mesh.size > 1 else None
     return Opened(fitting, data, *(laid_out(net, place) for net in nets))
@@ -322,7 +321,7 @@ def _run(
     finally:
         if log is not None and data.items is not None and (skipped := data.items.told()):
             log.note(skipped)
-    return Result(network if isinstance(architecture, Imported) else results[0], results[-1], data.shape)
+    return Result(network if isinstance(architecture, Imported) else results[0], results[-1])
 
 
 def _log_of(experiment: Experiment, folder: Path) -> RunLog:

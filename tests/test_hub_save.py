@@ -283,7 +283,9 @@ def test_the_card_tells_how_to_sample(folders, tmp_path):
     assert made.scheduler["beta_start"] == 1e-4  # LCM's own default is another
 
 
+@pytest.mark.torch
 def test_networks_that_take_lora_files_are_those_whose_models_take_adapters():
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     names = {name for name in KINDS if hasattr(getattr(diffusers, name), "load_lora_adapter")}
     assert set(WITH_LORA) == names

@@ -340,8 +340,13 @@ def test_the_command_stores_pairs_of_a_runs_guided_teacher_in_its_students_proce
         def __call__(self, process):
             return dataclasses.replace(KD(steps=(1,))(process), process=flow())
 
-    data = Data({"x": np.zeros((4, 2), np.float32), "cond": np.zeros(4, np.int32)}, (2,), 3)
-    experiment = Experiment("tiny", InFlow(), data, guidance=2.0)
+    @dataclasses.dataclass(frozen=True)
+    class Points:
+        def load(self):
+            return Data({"x": np.zeros((4, 2), np.float32), "cond": np.zeros(4, np.int32)}, (2,), 3)
+
+    data = Points().load()
+    experiment = Experiment("tiny", InFlow(), Points(), guidance=2.0)
     monkeypatch.setattr(commands, "open_run", lambda run: Opened(experiment, data, TEACHER, TEACHER))
     out = tmp_path / "pairs"
     argv = ["pairs", "run", "--out", str(out), "--count", "20", "--shard-size", "8"]

@@ -159,8 +159,6 @@ def _unused(folder: Path) -> tuple[str, ...]:
 
 def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
     """Train an experiment in its work folder."""
-    from ddistill.cli.study import on_latents
-
     profile = None if command.profile is None else _steps(command.profile)
     experiment = load_experiment(command.experiment, flags)
     if command.dry_run:
@@ -171,12 +169,11 @@ def distill(command: Distill, flags: Sequence[str], stop: Stop) -> None:
         raise ValueError("--devices is of --dry-run: a run takes the devices that are there")
     workdir = storage.folder(Path("runs") / experiment.name if command.workdir is None else command.workdir)
     check_folder("--workdir", workdir, new=True)
-    done = distil(
+    distil(
         experiment, workdir, source=command.experiment, overrides=flags,
         teacher_from=command.teacher_from, stop=stop, profile=profile,
     )  # fmt: skip
-    kind = "png" if _is_pictured(done.shape) or on_latents(experiment) else "npz"
-    say(f"Done: ddistill sample {workdir} --out samples.{kind} shows what the student draws")
+    say(f"Done: ddistill sample {workdir} --out samples.npz keeps what the student draws, samples.png shows pictures")
 
 
 def _steps(text: str) -> range:
