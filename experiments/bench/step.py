@@ -484,7 +484,7 @@ def page(
         text += ["Targets:", "", *(target(row, rate, gpu) for row in steps), ""]
     if real:
         text += [
-            f"A consistency step of about 100 ms, of a DiT of {real['layers']} layers on 8×32×32×3, the fastest "
+            f"The consistency step of a DiT of {real['layers']} layers on 8×32×32×3, the fastest "
             f"of three turns of {real['steps']} steps each: {1e3 * real['bare']:.2f} ms bare, "
             f"{1e3 * real['loop']:.2f} ms in the loop, {real['loop'] / real['bare'] - 1:+.2%} (target: under 2 %).",
             "",
