@@ -264,9 +264,14 @@ def open_run(workdir: Path | str, experiment: Experiment | None = None) -> Opene
             )
     fitting = _fitting(experiment)
     nets = _run(fitting, data, plan, workdir, None, None, None)
-    mesh = sharding.make_mesh(fitting.fsdp, fitting.tensor)
-    place = Place(mesh, sharding.rule_of(fitting.layout)) if mesh.size > 1 else None
+    place = place_of(fitting)
     return Opened(fitting, data, *(laid_out(net, place) for net in nets))
+
+
+def place_of(experiment: Experiment) -> Place | None:
+    """Where an experiment's networks lie, on all devices; None where there is one device."""
+    mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
+    return Place(mesh, sharding.rule_of(experiment.layout)) if mesh.size > 1 else None
 
 
 def read_metrics(workdir: Path | str) -> dict[str, list[dict[str, float]]]:

@@ -1,4 +1,4 @@
-"""What the networks of matching and adversarial methods are told: conditions, and where samples began."""
+"""What adversarial methods tell their networks: conditions, and where samples began; of all others see test_seen.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from ddistill.losses.distances import L2
-from ddistill.methods import ADD, CTM, DMD, GAN, Adversary
+from ddistill.methods import ADD, CTM, GAN, Adversary
 from ddistill.methods.base import Progress
 from ddistill.methods.consistency import renoising_times
-from ddistill.methods.fake_scores import Auxiliary
 from ddistill.net import Net
 from ddistill.process import edm
 
@@ -46,13 +45,11 @@ def noting(notes):
 @pytest.mark.parametrize(
     ("config", "networks", "begun"),
     [
-        (DMD(Auxiliary(stable=False)), ("student", "teacher", "fake"), False),
-        (DMD(Auxiliary(), steps=2), ("student", "teacher", "fake"), False),
         (GAN(JUDGED), ("student", "discriminator"), True),
         (ADD(JUDGED), ("student", "teacher", "discriminator"), True),
         (CTM(distance=L2(), adversary=JUDGED, last_layer="w"), ("student", "teacher", "discriminator"), False),
     ],
-    ids=["dmd", "dmd-2", "gan", "add", "ctm"],
+    ids=["gan", "add", "ctm"],
 )  # fmt: skip
 def test_every_network_is_told_the_conditions_and_the_discriminator_where_samples_began(config, networks, begun):
     notes = {name: [] for name in networks}

@@ -46,14 +46,13 @@ from ddistill.dry_run import DryRun, dry_run
 from ddistill.evaluate import digits as judged
 from ddistill.evaluate.inversion import Inverter, student_inverter, teacher_inverter
 from ddistill.evaluate.samplers import across, start, student_sampler, teacher_sampler
-from ddistill.gathering import Place
 from ddistill.integrators import dpmpp_2m
 from ddistill.lora import low_rank
 from ddistill.methods import METHODS
 from ddistill.methods.base import home, rounds, sampling_of
 from ddistill.process import Process
 from ddistill.report import image_grid, save_loss_plot, save_sample_sheet, trade_off
-from ddistill.runs import Opened, distil, load_experiment, open_run, read_metrics, student_stages
+from ddistill.runs import Opened, distil, load_experiment, open_run, place_of, read_metrics, student_stages
 from ddistill.signals import Stop
 
 Row = dict[str, Any]
@@ -223,15 +222,13 @@ def pairs(command: Pairs) -> None:
     experiment, data = opened.experiment, opened.data
     first = student_stages(experiment, data)[0]
     process = first.method.process or experiment.process
-    mesh = sharding.make_mesh(experiment.fsdp, experiment.tensor)
-    place = Place(mesh, sharding.rule_of(experiment.layout)) if mesh.size > 1 else None
     with Progress(console=Console(stderr=True), disable=not (hosts.first() and sys.stderr.isatty())) as progress:
         bar = progress.add_task("pairs", total=None)
         made = write_pairs(
             command.out, first.enter(first.guide(opened.teacher)), process, jax.random.key(command.seed),
             command.count, data.shape, num_classes=data.num_classes, steps=command.steps, points=command.points,
             integrator=getattr(integrators, command.integrator), shard_size=command.shard_size,
-            report=lambda done, total: progress.update(bar, completed=done, total=total), place=place,
+            report=lambda done, total: progress.update(bar, completed=done, total=total), place=place_of(experiment),
         )  # fmt: skip
     store = open_pairs(command.out)
     say(f"{len(store)} pairs in {command.out}, {made} of {len(store.shards)} files made now")
@@ -557,12 +554,8 @@ def _bench_table(mixture: str, rows: Iterable[Row]) -> Table:
     return table
 
 
-def _is_pictured(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and shape[2] in (1, 3)
-
-
 def _check_picture(x: np.ndarray) -> None:
-    if not _is_pictured(x.shape[1:]):
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
         raise ValueError(f"samples of shape {x.shape[1:]} are no pictures: give --out a name that ends in .npz")
 
 
